@@ -1,0 +1,261 @@
+"""What a run is: frozen dataclasses with the units in the names, validated once, at the door.
+
+`load` reads a YAML recipe, lays dotted overrides over it and refuses every key it does not know.
+The parts of the program receive their own section or single values, never a whole run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from goku_mega.errors import ConfigError
+
+TimeSampler = Literal["uniform", "logit_normal"]
+Precision = Literal["auto", "fp32", "bf16", "fp64"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """Degrees of parallelism asked for; `parallel.layout` fits them to a number of processes."""
+
+    tp: int = 1
+    """Tensor parallel ranks: each layer's weights are split."""
+    cp: int = 1
+    """Context parallel ranks: the tokens of a packed batch are split (Ulysses)."""
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Copies of the sharded model, each on other samples."""
+    dp_shard: int = -1
+    """FSDP ranks that share one copy; -1 takes what the other degrees leave."""
+    sequence_parallel: bool = True
+    """Split the tokens between the tensor-parallel layers too (no effect at tp=1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "cp", "pp", "dp_replicate"):
+            _require(getattr(self, name) >= 1, f"layout.{name} is {getattr(self, name)}; it must be 1 or more")
+        _require(
+            self.dp_shard == -1 or self.dp_shard >= 1,
+            f"layout.dp_shard is {self.dp_shard}; it must be 1 or more, or -1 for all ranks that are left",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the encoded samples are and how they are batched."""
+
+    path: str
+    """Folder written by `goku-mega encode`."""
+    samples_per_step: int = 32
+    """Samples in a global batch, on average; every step gets an equal share of an epoch's FLOPs."""
+    max_tokens_per_rank: int = 32768
+    """Token cap of one packed micro-batch; a rank with more runs several and accumulates."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty caption, for classifier-free guidance."""
+    prefetch_steps: int = 2
+    """Packed batches prepared ahead in a thread."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_step >= 1, f"data.samples_per_step is {self.samples_per_step}; it must be 1 or more")
+        _require(0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}; use a value in [0, 1)")
+        _require(
+            self.max_tokens_per_rank >= 1, f"data.max_tokens_per_rank is {self.max_tokens_per_rank}; it must be 1 or more"
+        )
+        _require(self.prefetch_steps >= 0, f"data.prefetch_steps is {self.prefetch_steps}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How training times are drawn (paper section 2.3)."""
+
+    time_sampler: TimeSampler = "logit_normal"
+    logit_mean: float = 0.0
+    """Mean of logit(t) under `logit_normal`."""
+    logit_std: float = 1.0
+    """Standard deviation of logit(t) under `logit_normal`."""
+    shift_base_tokens: int = 0
+    """Tokens at which times are unshifted; larger samples are shifted towards noise. 0: no shift."""
+
+    def __post_init__(self) -> None:
+        _require(self.logit_std > 0, f"flow.logit_std is {self.logit_std}; it must be above 0")
+        _require(self.shift_base_tokens >= 0, f"flow.shift_base_tokens is {self.shift_base_tokens}; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, clipping, and the moving average of the weights."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up; `cosine` falls to `final_rate_fraction` at the last step."""
+    final_rate_fraction: float = 0.1
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    ema_decay: float = 0.9999
+    """Decay of the weights' moving average, reached along (1 + step) / (10 + step)."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
+        _require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use a value in [0, 1)")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        _require(self.clip_grad_norm >= 0, f"optimizer.clip_grad_norm is {self.clip_grad_norm}; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves itself and how many checkpoints it keeps."""
+
+    every_steps: int = 1000
+    keep: int = 3
+    """Newest committed checkpoints kept; older ones are deleted after a newer one is committed."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"checkpoint.every_steps is {self.every_steps}; it must be 1 or more")
+        _require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRun:
+    """`goku-mega train` with `task: flow`: train the transformer on encoded samples."""
+
+    task: Literal["flow"] = "flow"
+    run_dir: str
+    """Checkpoints, metrics and the resolved configuration go here; a run found here is resumed."""
+    size: str = "tiny"
+    """A name in `model.sizes`: tiny, pilot-1b, 1b, 2b, 8b."""
+    steps: int
+    seed: int = 0
+    precision: Precision = "auto"
+    """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
+    threads_per_rank: int = 1
+    """CPU threads of a process when there is no GPU."""
+    data: DataConfig
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
+        _require(self.threads_per_rank >= 1, f"threads_per_rank is {self.threads_per_rank}; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeRun:
+    """`goku-mega train` with `task: vae`: train a small CogVideoX VAE on a corpus."""
+
+    task: Literal["vae"] = "vae"
+    corpus: str
+    """Folder written by `goku-mega corpus`."""
+    output: str
+    """Folder for `config.json` and the safetensors; diffusers loads it."""
+    steps: int
+    seed: int = 0
+    batch_samples: int = 4
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    kl_weight: float = 1e-6
+    block_channels: tuple[int, ...] = (16, 32, 48, 64)
+    """Channels at strides 1, 2, 4 and 8."""
+    latent_channels: int = 16
+    frames: int = 9
+    """Frames of a training clip: 4n + 1."""
+    threads: int = 1
+    resume_every_steps: int = 200
+    """Steps between saved states; a killed run goes on from the newest one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """`goku-mega corpus shapes`: write captioned clips and images of moving shapes."""
+
+    output: str
+    videos: int = 2000
+    images: int = 600
+    seed: int = 0
+    level: Literal["one", "two", "mixed"] = "one"
+    """one: one object on a plain ground; two: two objects, positions, textured grounds; mixed: half and half."""
+    height: int = 64
+    """Height of most clips, px."""
+    width: int = 64
+    """Width of most clips, px."""
+    frames: int = 9
+    """Length of most clips; frames - 1 is a multiple of 4."""
+    varied_fraction: float = 0.15
+    """Share of clips with another size, aspect ratio or length."""
+    workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """`goku-mega encode`: a corpus to latents and text embeddings in tar shards."""
+
+    corpus: str
+    output: str
+    vae: str = "tiny"
+    """`tiny`: the VAE that ships with the package; else a local folder or a hub name."""
+    text: str = "tiny"
+    """`tiny`: a small T5 with a sentencepiece model trained on the captions; else a folder or a hub name."""
+    samples_per_shard: int = 256
+    max_frames: int = 241
+    """Longer videos are cut to this many frames; lengths are cut to 4n + 1."""
+    workers: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """`goku-mega sample`: a prompt to an image or a video file."""
+
+    checkpoint: str
+    """A run folder (its newest intact checkpoint is used) or one checkpoint folder."""
+    prompt: str
+    output: str
+    """.mp4, .gif or .png decide what is written; a .png of a video is a contact sheet of its frames."""
+    weights: Literal["ema", "model"] = "ema"
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 2.5
+    """Classifier-free guidance scale; 1 is none."""
+    solver: Literal["euler", "heun"] = "euler"
+    height: int = 64
+    width: int = 64
+    frames: int = 9
+    """1 makes an image; else 4n + 1."""
+    fps: int = 8
+    threads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`goku-mega evaluate shapes`: sample prompts and score them with the exact detector."""
+
+    checkpoint: str
+    prompts: str
+    """`prompts.jsonl` written by `goku-mega corpus shapes`."""
+    samples_per_prompt: int = 1
+    max_prompts: int = 0
+    """Score only this many prompts of each split, spread evenly over the file; 0: all."""
+    untrained: bool = False
+    """Also score the same model before training."""
+    weights: Literal["ema", "model"] = "ema"
+    seed: int = 1000
+    steps: int = 20
+    guidance: float = 2.5
+    solver: Literal["euler", "heun"] = "euler"
+    batch_samples: int = 32
+    sheet: str = ""
+    """Path of a PNG that shows the prompts and their frames; empty: none."""
+    table: str = ""
+    """Path of a JSON file for the scores; empty: none."""
+    threads: int = 2
