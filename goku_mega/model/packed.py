@@ -4,7 +4,7 @@ Images and videos of any size lie one after the other along one token axis (NaVi
 section 2.2); attention never crosses from one sample to the next. `data.packing` fills it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -20,6 +20,9 @@ class Segments:
 
     q_lengths: tuple[int, ...]
     kv_lengths: tuple[int, ...]
+    _edges: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if len(self.q_lengths) != len(self.kv_lengths):
@@ -39,13 +42,11 @@ class Segments:
                 found.append([1, q, kv])
         return tuple((count, q, kv) for count, q, kv in found)
 
-    def cu_q(self, device: torch.device) -> Tensor:
-        """Cumulative query lengths, [segments + 1] int32."""
-        return _cumulative(self.q_lengths, device)
-
-    def cu_kv(self, device: torch.device) -> Tensor:
-        """Cumulative key lengths, [segments + 1] int32."""
-        return _cumulative(self.kv_lengths, device)
+    def edges(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cumulative query and key lengths, both [segments + 1] int32, copied to a device once."""
+        if device not in self._edges:
+            self._edges[device] = (_cumulative(self.q_lengths, device), _cumulative(self.kv_lengths, device))
+        return self._edges[device]
 
 
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:

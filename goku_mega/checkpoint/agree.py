@@ -1,0 +1,96 @@
+"""Ranks that act together: either the work succeeds on all of them, or all of them raise the same error.
+
+Works without torch.distributed, too. The messages are Python objects, so in a job whose default group is NCCL pass
+a gloo group (`dist.new_group(backend="gloo")`): the objects then never touch a GPU.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from goku_mega.errors import CheckpointError, UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    rank: int
+    message: str
+    cause: str
+    """"user": a complete message for the user; "system": the disk or the memory; "bug": anything else."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that decide together."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    world: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> "Ranks":
+        """The ranks of `group`; of the default group if None; this process alone without torch.distributed."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(None, 0, 1)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, doing: str, work: Callable[[], Result]) -> list[Result]:
+        """Run `work` on every rank and return all results; if it fails on one rank, raise on every rank.
+
+        Raises:
+            CheckpointError: a disk or a file was at fault; names the ranks.
+            RuntimeError: anything else, with the traceback of the failing rank.
+        """
+        value, error = None, None
+        try:
+            value = work()
+        except (Exception, CheckpointException) as caught:
+            error = caught
+        outcomes = self.gather((value, _failures(self.rank, error) if error else []))
+        failures = {failure.rank: failure for _, of_rank in outcomes for failure in of_rank}
+        if failures:
+            raise _as_error(doing, list(failures.values())) from error
+        return [result for result, _ in outcomes]
+
+    def first(self, doing: str, work: Callable[[], Result]) -> Result:
+        """Run `work` on rank 0 only and give its result to every rank; if it fails, raise on every rank."""
+        results = self.together(doing, work if self.rank == 0 else lambda: None)
+        return results[0]  # type: ignore[return-value]
+
+
+def _failures(rank: int, error: BaseException) -> list[_Failure]:
+    if isinstance(error, CheckpointException):  # torch's own collection of what failed where
+        return [_describe(of_rank, cause) for of_rank, (cause, _) in error.failures.items()]
+    return [_describe(rank, error)]
+
+
+def _describe(rank: int, error: BaseException) -> _Failure:
+    if isinstance(error, UserError):
+        return _Failure(rank, str(error), "user")
+    if isinstance(error, OSError | MemoryError | EOFError) or "PytorchStreamWriter" in str(error):
+        return _Failure(rank, f"{type(error).__name__}: {error}", "system")
+    return _Failure(rank, "".join(traceback.format_exception(error)), "bug")
+
+
+def _as_error(doing: str, failures: list[_Failure]) -> Exception:
+    bugs = [failure for failure in failures if failure.cause == "bug"]
+    if bugs:
+        return RuntimeError(f"{doing} failed on rank {bugs[0].rank}:\n{bugs[0].message}")
+    if all(failure.cause == "user" for failure in failures):
+        return CheckpointError(failures[0].message)
+    named = "; ".join(f"rank {failure.rank}: {failure.message}" for failure in failures)
+    return CheckpointError(f"{doing} failed ({named})")

@@ -1,0 +1,19 @@
+"""Every environment variable this package reads: the launcher's."""
+
+import os
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_by_torchrun() -> bool:
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ

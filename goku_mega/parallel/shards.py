@@ -1,0 +1,63 @@
+"""A rank's part of a global tensor: the box it holds, and whether it is the one that writes it.
+
+Checkpoints, initial weights and norms speak in these boxes, so none of them knows a parallel layout.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One box of a global tensor, as this rank holds it.
+
+    `tensor` shares memory with the live parameter, so loading into a shard changes the model.
+    A rank that uneven sharding leaves without rows holds a tensor without elements.
+    """
+
+    tensor: Tensor
+    """The local part; its shape is the box's size."""
+    global_shape: tuple[int, ...]
+    """Shape of the whole tensor, the same under every layout."""
+    offsets: tuple[int, ...]
+    """Where the box begins in the whole tensor, one number a dimension."""
+    owner: bool = True
+    """True on exactly one of the ranks that hold this box; replicas are neither written nor counted."""
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.global_shape):
+            raise ValueError(f"offsets {self.offsets} do not match the shape {self.global_shape}")
+        if not self.empty and not self._inside():
+            raise ValueError(
+                f"a box of {tuple(self.tensor.shape)} at {self.offsets} is not inside a tensor of {self.global_shape}"
+            )
+
+    def _inside(self) -> bool:
+        if self.tensor.dim() != len(self.global_shape):
+            return False
+        ends = zip(self.offsets, self.tensor.shape, self.global_shape, strict=True)
+        return all(offset >= 0 and offset + size <= whole for offset, size, whole in ends)
+
+    @property
+    def empty(self) -> bool:
+        """Whether this rank holds no element of the tensor."""
+        return self.tensor.numel() == 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether this rank holds every element of the tensor."""
+        return self.tensor.numel() == math.prod(self.global_shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the box in the whole tensor."""
+        sizes = (0,) * len(self.offsets) if self.empty else tuple(self.tensor.shape)
+        return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, sizes, strict=True))
+
+    def take(self, full: Tensor) -> Tensor:
+        """The piece of `full` [*global_shape] that this shard holds, in this shard's shape (a view)."""
+        if tuple(full.shape) != self.global_shape:
+            raise ValueError(f"expected a tensor of {self.global_shape}, got {tuple(full.shape)}")
+        return full[self.slices].reshape(self.tensor.shape)

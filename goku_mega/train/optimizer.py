@@ -1,0 +1,84 @@
+"""AdamW on this rank's shards, its learning-rate schedule, and clipping by the global norm.
+
+The optimizer sees plain local tensors, so its state has the same boxes as the parameters and saves
+under the same layout-free names.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from goku_mega.config import OptimizerConfig
+from goku_mega.parallel.shards import Shard
+
+
+class ShardedAdamW:
+    """torch's fused AdamW over the local tensors of the shards. Vectors are not decayed."""
+
+    def __init__(self, shards: Mapping[str, Shard], config: OptimizerConfig, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.shards = shards
+        self.parameters = {name: nn.Parameter(shard.tensor) for name, shard in shards.items()}
+        matrices = [p for name, p in self.parameters.items() if len(shards[name].global_shape) > 1]
+        vectors = [p for name, p in self.parameters.items() if len(shards[name].global_shape) <= 1]
+        self.adamw = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        # torch makes its state at the first step; a resumed run has to fill it before.
+        for parameter in self.parameters.values():
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def moment(self, name: str) -> dict[str, Shard]:
+        """The boxes of a moment, `exp_avg` or `exp_avg_sq`, by parameter name."""
+        return {
+            key: replace(self.shards[key], tensor=self.adamw.state[parameter][name])
+            for key, parameter in self.parameters.items()
+        }
+
+    def resume_at(self, step: int) -> None:
+        """Say how many steps the loaded moments have seen."""
+        for state in self.adamw.state.values():
+            state["step"].fill_(step)
+
+    def step(self, step: int, gradients: Mapping[str, Tensor], gradient_norm: Tensor) -> float:
+        """Clip, then update the parameters in place; the learning rate used.
+
+        Args:
+            step: steps taken before this one.
+            gradients: this rank's boxes, by parameter name; scaled in place where they are clipped.
+            gradient_norm: the global norm.
+        """
+        rate = learning_rate(self.config, step, self.total_steps)
+        limit = self.config.clip_grad_norm
+        if limit > 0:
+            scale = (limit / (gradient_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(list(gradients.values()), scale.to(next(iter(gradients.values())).dtype))
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients.get(name)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        return rate
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The rate of a step: a linear rise over the warm-up, then constant or a half cosine to the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    floor = config.final_rate_fraction
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

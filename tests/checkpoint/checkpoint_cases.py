@@ -1,0 +1,81 @@
+"""Whole tensors known by name, and many ways to cut them over ranks."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from goku_mega.checkpoint.state import State
+from goku_mega.parallel.shards import Shard
+from goku_mega.seeding import derive_seed
+
+SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    "blocks.0.mlp.fc1.weight": ((11, 6), torch.float32),
+    "blocks.0.mlp.fc1.bias": ((11,), torch.float32),
+    "blocks.1.patch.weight": ((3, 4, 5), torch.bfloat16),
+    "final.weight": ((1, 7), torch.float64),
+    "scale": ((), torch.float32),
+}
+KINDS = ("rows", "columns", "grid", "replicas")
+PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+
+Box = tuple[tuple[int, ...], tuple[int, ...], bool]
+"""Offsets, sizes, owner."""
+
+
+def whole(part: str, name: str, step: int = 0) -> Tensor:
+    """The global tensor, a function of its names and the step."""
+    shape, dtype = SHAPES[name]
+    generator = torch.Generator().manual_seed(derive_seed(part, name, step))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def box(kind: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
+    """This rank's box under a way of cutting: uneven, with empty boxes and replicas where they arise."""
+    if not shape or kind == "replicas":
+        return (0,) * len(shape), shape, rank == 0
+    if kind == "rows" or len(shape) == 1:
+        return (*_cut(shape, 0, rank, world), True)
+    if kind == "columns":
+        return (*_cut(shape, 1, rank, world), True)
+    columns = 2 if world % 2 == 0 else 1  # tensor parallel columns, the rest of the ranks hold row shards
+    row_offsets, row_sizes = _cut(shape, 0, rank // columns, world // columns)
+    offsets, sizes = _cut(shape, 1, rank % columns, columns)
+    return (row_offsets[0], *offsets[1:]), (row_sizes[0], *sizes[1:]), True
+
+
+def _cut(shape: tuple[int, ...], dim: int, rank: int, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    length = math.ceil(shape[dim] / world)  # as FSDP2 cuts: the last ranks get less, or nothing
+    start = min(rank * length, shape[dim])
+    end = min(start + length, shape[dim])
+    offsets = tuple(start if axis == dim else 0 for axis in range(len(shape)))
+    return offsets, tuple(end - start if axis == dim else size for axis, size in enumerate(shape))
+
+
+def state(kind: str, rank: int = 0, world: int = 1, *, step: int | None = 0, parts: tuple[str, ...] = PARTS) -> State:
+    """This rank's boxes, filled with the values of `step`, or with NaN if it is None."""
+    return {part: {name: _shard(kind, part, name, rank, world, step) for name in SHAPES} for part in parts}
+
+
+def _shard(kind: str, part: str, name: str, rank: int, world: int, step: int | None) -> Shard:
+    shape, dtype = SHAPES[name]
+    offsets, sizes, owner = box(kind, shape, rank, world)
+    shard = Shard(torch.full(sizes, math.nan, dtype=dtype), shape, offsets, owner)
+    if step is not None:
+        shard.tensor.copy_(shard.take(whole(part, name, step)))
+    return shard
+
+
+def differences(loaded: State, step: int = 0, *, stored: str | None = None) -> list[str]:
+    """Names of the boxes that are not bitwise the values of `step` (of the part `stored`, if it is another)."""
+    return [
+        f"{part}/{name}"
+        for part, shards in loaded.items()
+        for name, shard in shards.items()
+        if not torch.equal(shard.tensor, shard.take(whole(stored or part, name, step)))
+    ]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
