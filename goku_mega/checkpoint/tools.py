@@ -43,8 +43,9 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _found(path: Path) -> list[Found]:
-    if is_checkpoint(path):
-        return [found for found in committed(path.parent) if found.path == path] or [Found(0, path)]
+    if is_checkpoint(path) and path.is_dir():
+        named = [found for found in committed(path.parent) if found.path == path]
+        return named or [Found(_info(path).get("step", 0), path)]
     inner = path / "checkpoints"
     found = committed(inner if inner.is_dir() else path)
     if not found:

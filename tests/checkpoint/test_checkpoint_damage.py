@@ -171,5 +171,6 @@ def test_list_and_verify_tell_the_damaged_from_the_intact(folder: Path) -> None:
     assert (result["intact"], result["damaged"], result["latest_intact_step"]) == (1, 1, 10)
     assert "__0_0.distcp is damaged" in result["checkpoints"][0]["fault"]
     json.dumps(result)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        tools.list_checkpoints(folder / "step_00000020" / "nothing")
+    for absent in ("nothing", "step_00000099"):
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            tools.list_checkpoints(folder / absent)

@@ -1,0 +1,203 @@
+"""Training of the flow: assembly on one page, then the step on one screen.
+
+The phases of a step (data, forward, backward, optimizer, checkpoint) carry the same names in the
+heartbeat, the metrics and the operator's status page.
+"""
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from goku_infra.heartbeat import Heartbeat
+
+from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.save import save_checkpoint
+from goku_mega.checkpoint.state import State
+from goku_mega.config import FlowRun, Precision
+from goku_mega.data.loader import Loader
+from goku_mega.data.packing import TrainingBatch
+from goku_mega.data.shards import Index, load_index
+from goku_mega.errors import ConfigError
+from goku_mega.flow.path import velocity_loss
+from goku_mega.model.sizes import ModelShape, model_shape
+from goku_mega.parallel.groups import Groups, build_groups, initialise_distributed
+from goku_mega.parallel.layout import check_fits, resolve
+from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_norm, sum_partial_gradients
+from goku_mega.train.ema import ShardedEMA
+from goku_mega.train.metrics import MetricsLog
+from goku_mega.train.optimizer import ShardedAdamW
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE_ON_RESUME = frozenset({"run_dir", "steps", "layout", "checkpoint", "threads_per_rank", "precision"})
+"""Settings that leave a run the same run; the others decide its samples, noise or updates."""
+
+
+class StepResult(NamedTuple):
+    """What one step was: global figures, the same on every rank."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
+class Trainer:
+    """A model with its optimizer and average: everything that a step changes and a checkpoint keeps."""
+
+    def __init__(self, model: ParallelModel, groups: Groups, run: FlowRun, heartbeat: Heartbeat | None = None) -> None:
+        self.model = model
+        self.groups = groups
+        self.optimizer = ShardedAdamW(model.shards, run.optimizer, run.steps)
+        self.ema = ShardedEMA(model.shards, run.optimizer.ema_decay)
+        self.heartbeat = heartbeat
+
+    @property
+    def state(self) -> State:
+        """What a checkpoint holds, as this rank's boxes."""
+        return {
+            "model": self.model.shards,
+            "ema": self.ema.shards,
+            "exp_avg": self.optimizer.moment("exp_avg"),
+            "exp_avg_sq": self.optimizer.moment("exp_avg_sq"),
+        }
+
+    def step(self, step: int, micro_batches: list[TrainingBatch], total_tokens: int) -> StepResult:
+        """One update from this rank's micro-batches.
+
+        Args:
+            step: steps taken before this one.
+            total_tokens: real tokens of the global batch; each weighs the same.
+        """
+        self.model.module.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for batch in micro_batches:
+            self.beat(step, "forward")
+            batch = batch.to(self.groups.device)
+            velocity = self.model.module(batch.packed)
+            micro_loss = velocity_loss(velocity, batch.velocity, batch.loss_weight, total_tokens)
+            self.beat(step, "backward")
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        self.beat(step, "optimizer")
+        sum_partial_gradients(self.model, self.groups)
+        norm = gradient_norm(self.model, self.groups)
+        rate = self.optimizer.step(step, self.model.gradients(), norm)
+        self.ema.update(step)
+        dist.all_reduce(loss, group=self.groups.data)
+        return StepResult(loss.item(), norm.item(), rate)
+
+    def beat(self, step: int, phase: str) -> None:
+        """Tell the operator's page where this rank is."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(step, phase)
+
+
+def train(run: FlowRun) -> dict[str, Any]:
+    """Train until `run.steps`, from the newest intact checkpoint in `run.run_dir` if there is one.
+
+    Raises:
+        UserError: the recipe, the data, the layout or a checkpoint does not fit.
+    """
+    device = initialise_distributed(run.threads_per_rank)
+    layout = resolve(run.layout, dist.get_world_size())
+    index = load_index(Path(run.data.path))
+    shape = model_shape(run.size, latent_channels=index.latent_channels, text_width=index.text_width)
+    check_fits(layout, shape)
+    groups = build_groups(layout, device)
+    stored, computed = dtypes(run.precision, device)
+    model = build_model(shape, groups, seed=run.seed, dtype=stored, compute_dtype=computed)
+    trainer = Trainer(model, groups, run)
+    start_step = resume(trainer, run, shape)
+    if start_step >= run.steps:
+        logger.info("%s has reached step %d already", run.run_dir, start_step)
+        return {"run_dir": run.run_dir, "step": start_step, "resumed_from": start_step}
+
+    run_dir, rank = Path(run.run_dir), dist.get_rank()
+    info = describe(run, shape, index, str(layout))
+    with ExitStack() as stack:
+        trainer.heartbeat = stack.enter_context(Heartbeat(run_dir / "heartbeats", rank, layout.world_size))
+        metrics = stack.enter_context(
+            MetricsLog(run_dir, is_main=rank == 0, start_step=start_step, total_steps=run.steps)
+        )
+        loader = stack.enter_context(
+            Loader(index, run, shape, groups=groups, start_step=start_step, dtype=computed)
+        )
+        trainer.beat(start_step, "data")
+        for step, micro_batches, total_tokens in loader:
+            result = trainer.step(step, micro_batches, total_tokens)
+            checkpoint_s = save_if_due(trainer, run, step + 1, info)
+            metrics.record(step=step)
+            trainer.beat(step + 1, "data")
+    return {"run_dir": run.run_dir, "step": run.steps, "resumed_from": start_step, "loss": result.loss}
+
+
+def save_if_due(trainer: Trainer, run: FlowRun, steps_done: int, info: dict[str, Any]) -> float:
+    """Save every `checkpoint.every_steps` steps and after the last; the seconds it took."""
+    if steps_done % run.checkpoint.every_steps and steps_done != run.steps:
+        return 0.0
+    trainer.beat(steps_done, "checkpoint")
+    began = time.monotonic()
+    save_checkpoint(checkpoints(run), steps_done, trainer.state, info, keep=run.checkpoint.keep)
+    return time.monotonic() - began
+
+
+def resume(trainer: Trainer, run: FlowRun, shape: ModelShape) -> int:
+    """Fill the trainer from the run's newest intact checkpoint; the steps it has taken, 0 for a new run.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or holds another model.
+        ConfigError: the checkpoint was made with settings that make it another run.
+    """
+    newest = find_latest(checkpoints(run))
+    if newest is None:
+        return 0
+    info = load_info(newest)
+    load_into(newest, trainer.state, model=describe_model(run.size, shape))
+    check_same_run(run, info["run"], newest)
+    step = int(info["step"])
+    trainer.optimizer.resume_at(step)
+    logger.info("resumed from %s (saved by %s)", newest, info["layout"])
+    return step
+
+
+def check_same_run(run: FlowRun, saved: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to go on with settings under which the samples, the noise or the updates would differ."""
+    for name, value in asdict(run).items():
+        if name not in MAY_CHANGE_ON_RESUME and value != saved.get(name):
+            raise ConfigError(
+                f"{name} is {value} but {checkpoint} was trained with {saved.get(name)}; "
+                "set it back, or give another run_dir"
+            )
+
+
+def describe(run: FlowRun, shape: ModelShape, index: Index, layout: str) -> dict[str, Any]:
+    """What is kept beside a checkpoint's tensors: enough to resume it, to sample from it and to explain it."""
+    return {
+        "run": asdict(run),
+        "model": describe_model(run.size, shape),
+        "layout": layout,
+        "dataset": {**index.dataset, "path": str(Path(run.data.path).resolve())},
+    }
+
+
+def describe_model(size: str, shape: ModelShape) -> dict[str, Any]:
+    return {"size": size, **asdict(shape)}
+
+
+def checkpoints(run: FlowRun) -> Path:
+    return Path(run.run_dir) / "checkpoints"
+
+
+def dtypes(precision: Precision, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the stored parameters and of the matrix products."""
+    if precision == "fp64":
+        return torch.float64, torch.float64
+    on_gpu = device.type == "cuda"
+    if precision == "bf16" or (precision == "auto" and on_gpu):
+        return torch.float32, torch.bfloat16
+    return torch.float32, torch.float32
