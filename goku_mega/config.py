@@ -18,6 +18,17 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_at_least(smallest: int, config: object, *names: str, section: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= smallest, f"{section}{name} is {value}; it must be {smallest} or more")
+
+
+def _require_clip_length(frames: int) -> None:
+    """The codec's strides: one latent frame for the first frame, one for every four after it."""
+    _require(frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
     """Degrees of parallelism asked for; `parallel.layout` fits them to a number of processes."""
@@ -36,8 +47,7 @@ class LayoutConfig:
     """Split the tokens between the tensor-parallel layers too (no effect at tp=1)."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "cp", "pp", "dp_replicate"):
-            _require(getattr(self, name) >= 1, f"layout.{name} is {getattr(self, name)}; it must be 1 or more")
+        _require_at_least(1, self, "tp", "cp", "pp", "dp_replicate", section="layout.")
         _require(
             self.dp_shard == -1 or self.dp_shard >= 1,
             f"layout.dp_shard is {self.dp_shard}; it must be 1 or more, or -1 for all ranks that are left",
@@ -60,12 +70,9 @@ class DataConfig:
     """Packed batches prepared ahead in a thread."""
 
     def __post_init__(self) -> None:
-        _require(self.samples_per_step >= 1, f"data.samples_per_step is {self.samples_per_step}; it must be 1 or more")
+        _require_at_least(1, self, "samples_per_step", "max_tokens_per_rank", section="data.")
+        _require_at_least(0, self, "prefetch_steps", section="data.")
         _require(0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}; use a value in [0, 1)")
-        _require(
-            self.max_tokens_per_rank >= 1, f"data.max_tokens_per_rank is {self.max_tokens_per_rank}; it must be 1 or more"
-        )
-        _require(self.prefetch_steps >= 0, f"data.prefetch_steps is {self.prefetch_steps}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         _require(self.logit_std > 0, f"flow.logit_std is {self.logit_std}; it must be above 0")
-        _require(self.shift_base_tokens >= 0, f"flow.shift_base_tokens is {self.shift_base_tokens}; use 0 or more")
+        _require_at_least(0, self, "shift_base_tokens", section="flow.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +113,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        _require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use a value in [0, 1)")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        _require(self.clip_grad_norm >= 0, f"optimizer.clip_grad_norm is {self.clip_grad_norm}; use 0 or more")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; use a value in [0, 1)")
+        fraction = self.final_rate_fraction
+        _require(0 <= fraction <= 1, f"optimizer.final_rate_fraction is {fraction}; use a value from 0 to 1")
+        _require_at_least(0, self, "warmup_steps", "clip_grad_norm", "weight_decay", "eps", section="optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +130,7 @@ class CheckpointConfig:
     """Newest committed checkpoints kept; older ones are deleted after a newer one is committed."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"checkpoint.every_steps is {self.every_steps}; it must be 1 or more")
-        _require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be 1 or more")
+        _require_at_least(1, self, "every_steps", "keep", section="checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +155,7 @@ class FlowRun:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
-        _require(self.threads_per_rank >= 1, f"threads_per_rank is {self.threads_per_rank}; it must be 1 or more")
+        _require_at_least(1, self, "steps", "threads_per_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +169,13 @@ class VaeRun:
     """Folder for `config.json` and the safetensors; diffusers loads it."""
     steps: int
     seed: int = 0
-    batch_samples: int = 4
-    learning_rate: float = 2e-3
+    batch_samples: int = 8
+    """Clips in a batch; batches of single images hold four times as many."""
+    learning_rate: float = 2e-2
+    """Muon's peak rate; Adam, for the vectors, takes a tenth."""
     warmup_steps: int = 50
-    kl_weight: float = 1e-6
+    kl_weight: float = 2e-4
+    """Weight of the mean KL divergence of a latent number from N(0, 1)."""
     block_channels: tuple[int, ...] = (16, 32, 48, 64)
     """Channels at strides 1, 2, 4 and 8."""
     latent_channels: int = 16
@@ -173,6 +184,16 @@ class VaeRun:
     threads: int = 1
     resume_every_steps: int = 200
     """Steps between saved states; a killed run goes on from the newest one."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "steps", "batch_samples", "latent_channels", "threads", "resume_every_steps")
+        _require_at_least(0, self, "warmup_steps", "kl_weight")
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be above 0")
+        _require(
+            len(self.block_channels) == 4 and min(self.block_channels) >= 1,
+            f"block_channels is {list(self.block_channels)}; give four widths, for strides 1, 2, 4 and 8",
+        )
+        _require_clip_length(self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +216,11 @@ class CorpusConfig:
     """Share of clips with another size, aspect ratio or length."""
     workers: int = 2
 
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "videos", "images")
+        _require_at_least(1, self, "workers")
+        _require(0 <= self.varied_fraction <= 1, f"varied_fraction is {self.varied_fraction}; use a value from 0 to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
@@ -211,6 +237,9 @@ class EncodeConfig:
     """Longer videos are cut to this many frames; lengths are cut to 4n + 1."""
     workers: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "samples_per_shard", "max_frames", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +263,13 @@ class SampleConfig:
     """1 makes an image; else 4n + 1."""
     fps: int = 8
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "steps", "fps", "threads")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _require(value >= 16 and value % 16 == 0, f"{name} is {value}; it must be a multiple of 16")
+        _require_clip_length(self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,3 +295,20 @@ class EvaluateConfig:
     table: str = ""
     """Path of a JSON file for the scores; empty: none."""
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "samples_per_prompt", "steps", "batch_samples", "threads")
+        _require_at_least(0, self, "max_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFolder:
+    """`goku-mega checkpoint list` and `verify`."""
+
+    path: str
+    """A run folder, its `checkpoints`, or one checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoConfig:
+    """A command without settings."""

@@ -19,8 +19,7 @@ from goku_mega.checkpoint.load import find_latest, load_info, load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.state import State
 from goku_mega.config import FlowRun, Precision
-from goku_mega.data.loader import Loader
-from goku_mega.data.packing import TrainingBatch
+from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.shards import Index, load_index
 from goku_mega.errors import ConfigError
 from goku_mega.flow.path import velocity_loss
@@ -28,6 +27,7 @@ from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.groups import Groups, build_groups, initialise_distributed
 from goku_mega.parallel.layout import check_fits, resolve
 from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_norm, sum_partial_gradients
+from goku_mega.plan.flops import peak_flops
 from goku_mega.train.ema import ShardedEMA
 from goku_mega.train.metrics import MetricsLog
 from goku_mega.train.optimizer import ShardedAdamW
@@ -49,12 +49,17 @@ class StepResult(NamedTuple):
 class Trainer:
     """A model with its optimizer and average: everything that a step changes and a checkpoint keeps."""
 
-    def __init__(self, model: ParallelModel, groups: Groups, run: FlowRun, heartbeat: Heartbeat | None = None) -> None:
+    def __init__(self, model: ParallelModel, groups: Groups, run: FlowRun, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: type of the matrix products, and so of the model's inputs.
+        """
         self.model = model
         self.groups = groups
+        self.dtype = dtype
         self.optimizer = ShardedAdamW(model.shards, run.optimizer, run.steps)
         self.ema = ShardedEMA(model.shards, run.optimizer.ema_decay)
-        self.heartbeat = heartbeat
+        self.heartbeat: Heartbeat | None = None
 
     @property
     def state(self) -> State:
@@ -66,20 +71,16 @@ class Trainer:
             "exp_avg_sq": self.optimizer.moment("exp_avg_sq"),
         }
 
-    def step(self, step: int, micro_batches: list[TrainingBatch], total_tokens: int) -> StepResult:
-        """One update from this rank's micro-batches.
-
-        Args:
-            step: steps taken before this one.
-            total_tokens: real tokens of the global batch; each weighs the same.
-        """
+    def step(self, batch: StepBatch) -> StepResult:
+        """One update from this rank's micro-batches."""
+        step = batch.step
         self.model.module.zero_grad()
         loss = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for batch in micro_batches:
+        for micro_batch in batch.micro_batches:
             self.beat(step, "forward")
-            batch = batch.to(self.groups.device)
-            velocity = self.model.module(batch.packed)
-            micro_loss = velocity_loss(velocity, batch.velocity, batch.loss_weight, total_tokens)
+            micro = micro_batch.to(self.groups.device, self.dtype)
+            velocity = self.model.module(micro.packed)
+            micro_loss = velocity_loss(velocity, micro.velocity, micro.loss_weight, batch.total_tokens)
             self.beat(step, "backward")
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -111,7 +112,7 @@ def train(run: FlowRun) -> dict[str, Any]:
     groups = build_groups(layout, device)
     stored, computed = dtypes(run.precision, device)
     model = build_model(shape, groups, seed=run.seed, dtype=stored, compute_dtype=computed)
-    trainer = Trainer(model, groups, run)
+    trainer = Trainer(model, groups, run, computed)
     start_step = resume(trainer, run, shape)
     if start_step >= run.steps:
         logger.info("%s has reached step %d already", run.run_dir, start_step)
@@ -121,19 +122,56 @@ def train(run: FlowRun) -> dict[str, Any]:
     info = describe(run, shape, index, str(layout))
     with ExitStack() as stack:
         trainer.heartbeat = stack.enter_context(Heartbeat(run_dir / "heartbeats", rank, layout.world_size))
+        loader = stack.enter_context(Loader(index, run, shape, groups=groups, start_step=start_step, dtype=stored))
         metrics = stack.enter_context(
             MetricsLog(run_dir, is_main=rank == 0, start_step=start_step, total_steps=run.steps)
         )
-        loader = stack.enter_context(
-            Loader(index, run, shape, groups=groups, start_step=start_step, dtype=computed)
-        )
+        clock = StepClock(peak_flops_of_job(device, computed, layout.world_size))
         trainer.beat(start_step, "data")
-        for step, micro_batches, total_tokens in loader:
-            result = trainer.step(step, micro_batches, total_tokens)
-            checkpoint_s = save_if_due(trainer, run, step + 1, info)
-            metrics.record(step=step)
-            trainer.beat(step + 1, "data")
+        for batch in loader:
+            result = trainer.step(batch)
+            checkpoint_s = save_if_due(trainer, run, batch.step + 1, info)
+            metrics.record(clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=checkpoint_s))
+            trainer.beat(batch.step + 1, "data")
     return {"run_dir": run.run_dir, "step": run.steps, "resumed_from": start_step, "loss": result.loss}
+
+
+class StepClock:
+    """Turns steps into the figures of a metrics row; time runs from row to row."""
+
+    def __init__(self, peak: float | None) -> None:
+        self.peak = peak
+        self.began = time.monotonic()
+
+    def row(self, batch: StepBatch, result: StepResult, *, data_s: float, checkpoint_s: float) -> dict[str, Any]:
+        """Global figures of the step just taken; `mfu` counts no recomputation and is None where the peak is unknown."""
+        now = time.monotonic()
+        step_s, self.began = now - self.began, now
+        real = sum(micro.real_tokens for micro in batch.micro_batches)
+        padded = sum(micro.padded_tokens for micro in batch.micro_batches)
+        return {
+            "step": batch.step,
+            **result._asdict(),
+            "samples": batch.samples,
+            "tokens": batch.total_tokens,
+            "samples_per_s": batch.samples / step_s,
+            "tokens_per_s": batch.total_tokens / step_s,
+            "model_tflops_per_s": batch.flops / step_s / 1e12,
+            "mfu": None if self.peak is None else batch.flops / step_s / self.peak,
+            "real_token_share": real / padded,
+            "step_s": step_s,
+            "data_s": data_s,
+            "checkpoint_s": checkpoint_s,
+            "time_s": time.time(),
+        }
+
+
+def peak_flops_of_job(device: torch.device, computed: torch.dtype, world_size: int) -> float | None:
+    """FLOP/s of all devices together, where the device is known."""
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), "bf16" if computed == torch.bfloat16 else "fp32")
+    return None if peak is None else peak * world_size
 
 
 def save_if_due(trainer: Trainer, run: FlowRun, steps_done: int, info: dict[str, Any]) -> float:

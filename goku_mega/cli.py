@@ -1,0 +1,258 @@
+"""goku-mega: a command is a configuration and a function, named here and imported when it is called.
+
+Nothing is computed here, and `--help` imports no torch.
+"""
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from goku_mega import config as configs
+from goku_mega import environment
+from goku_mega.errors import ConfigError, UserError
+
+
+class Command(NamedTuple):
+    """What a command takes and what it calls."""
+
+    about: str
+    config: str
+    function: str
+
+
+COMMANDS = {
+    "corpus shapes": Command(
+        "write a captioned corpus of moving shapes", "CorpusConfig", "goku_mega.data.shapes:write_corpus"
+    ),
+    "encode": Command("corpus -> latents and text in shards", "EncodeConfig", "goku_mega.data.encode:encode"),
+    "train": Command("train the transformer (with `task: vae`, the codec)", "FlowRun", "goku_mega.train.loop:train"),
+    "sample": Command("prompt -> image or video file", "SampleConfig", "goku_mega.sample.sampler:sample"),
+    "evaluate shapes": Command(
+        "sample prompts and score them with the exact detector",
+        "EvaluateConfig",
+        "goku_mega.evaluate.harness:evaluate_shapes",
+    ),
+    "checkpoint list": Command(
+        "list the checkpoints of a run", "CheckpointFolder", "goku_mega.checkpoint.tools:list_checkpoints"
+    ),
+    "checkpoint verify": Command(
+        "read every file of a run's checkpoints", "CheckpointFolder", "goku_mega.checkpoint.tools:verify"
+    ),
+    "doctor": Command("show what this machine has of what goku_mega can use", "NoConfig", "goku_mega.doctor:doctor"),
+}
+TASKS = {
+    "flow": COMMANDS["train"],
+    "vae": Command("train a small codec on a corpus", "VaeRun", "goku_mega.train.vae:train_vae"),
+}
+POSITIONAL = {"CheckpointFolder": "path"}
+"""Settings that may be given without their name."""
+SWITCHES = ("--help", "--print-config", "--json")
+HELP_WORDS = ("-h", "--help")
+
+
+class Arguments(NamedTuple):
+    """A command line, read."""
+
+    file: Path | None
+    overrides: list[tuple[str, str]]
+    switches: frozenset[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0, 2 for bad input, 130 when interrupted, 141 when nobody reads the output."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=_log_format(), datefmt="%H:%M:%S")
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # torch's and megatron's deprecations are not the user's
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 141
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in HELP_WORDS:
+        print(_overview(COMMANDS))
+        return 0
+    name, rest = _split_command(words)
+    if name not in COMMANDS:
+        print(_overview({full: command for full, command in COMMANDS.items() if full.startswith(f"{name} ")}))
+        return 0
+    command = COMMANDS[name]
+    options = _read(rest, command)
+    if "--help" in options.switches:
+        print(_help(name, command))
+        return 0
+    if name == "train":
+        command = _task(options)
+    from goku_mega.config_load import load, to_yaml
+
+    config = load(getattr(configs, command.config), file=options.file, overrides=options.overrides)
+    if "--print-config" in options.switches:
+        if environment.rank() == 0:
+            print(to_yaml(config), end="")
+        return 0
+    result = _call(command, config)
+    if environment.rank() == 0:
+        print(json.dumps(result) if "--json" in options.switches else _readable(result))
+    return 0
+
+
+def _call(command: Command, config: Any) -> dict[str, Any]:
+    module, function = command.function.split(":")
+    argument = Path(config.path) if isinstance(config, configs.CheckpointFolder) else config
+    return getattr(importlib.import_module(module), function)(argument)
+
+
+def _task(options: Arguments) -> Command:
+    """What `train` trains is decided by `task`, before the other settings can be read."""
+    from goku_mega.config_load import nearest, read_yaml
+
+    file_task = read_yaml(options.file).get("task") if options.file else None
+    task = dict(options.overrides).get("task", file_task)
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task is {task!r}; {nearest(str(task), list(TASKS), what='the tasks are')}")
+    return TASKS[task or "flow"]
+
+
+def _report(error: UserError) -> int:
+    """One line on stderr, once, however many ranks have met the error."""
+    rank = environment.rank()
+    if rank:
+        time.sleep(2)  # if rank 0 has met it too, it says so, and the launcher ends this rank before it wakes
+    print(f"goku-mega: {f'rank {rank}: ' if rank else ''}error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _split_command(words: list[str]) -> tuple[str, list[str]]:
+    """The command's name and the words after it; the first word alone when help on a group is asked for."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
+    group = [name.split()[1] for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group and words[1:2] and words[1] in HELP_WORDS:
+        return words[0], []
+    from goku_mega.config_load import nearest
+
+    if group and not (words[1:2] and not words[1].startswith("-")):
+        raise ConfigError(f"{words[0]} needs one of: {', '.join(group)}")
+    given, known = (words[1], group) if group else (words[0], list(dict.fromkeys(name.split()[0] for name in COMMANDS)))
+    raise ConfigError(f"unknown command {given!r}; {nearest(given, known, what='the commands are')}")
+
+
+def _read(words: list[str], command: Command) -> Arguments:
+    """Flags and `name=value` words; a flag of a yes-or-no setting needs no value."""
+    from goku_mega.config_load import settings
+
+    yes_or_no = {setting.name for setting in settings(getattr(configs, command.config)) if setting.kind is bool}
+    file, overrides, switches = None, [], set()
+    rest = iter(words)
+    for word in rest:
+        if word in SWITCHES or word in HELP_WORDS:
+            switches.add("--help" if word in HELP_WORDS else word)
+            continue
+        name, value = _name_and_value(word, rest, command, yes_or_no)
+        if name == "config":
+            file = Path(value)
+        else:
+            overrides.append((name, value))
+    return Arguments(file, overrides, frozenset(switches))
+
+
+def _name_and_value(word: str, rest: Any, command: Command, yes_or_no: set[str]) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not word.startswith("--"):
+        if equals:
+            return name, value
+        if command.config in POSITIONAL and not word.startswith("-"):
+            return POSITIONAL[command.config], word
+        raise ConfigError(f"command line: {word!r} is not understood; write name=value or --name value")
+    name = name[2:].replace("-", "_")
+    if equals:
+        return name, value
+    if name in yes_or_no:
+        return name, "true"
+    following = next(rest, None)
+    if following is None or following.startswith("--"):
+        raise ConfigError(f"command line: {word} needs a value")
+    return name, following
+
+
+def _overview(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = ["usage: goku-mega COMMAND [--config FILE.yaml] [name=value | --name value ...]", "", "commands:"]
+    lines += [f"  {name:{width}}  {command.about}" for name, command in commands.items()]
+    lines += ["", "every command: --help, --print-config, --json (one JSON object as the last line)"]
+    return "\n".join(lines)
+
+
+def _help(name: str, command: Command) -> str:
+    positional = POSITIONAL.get(command.config, "").upper()
+    usage = f"usage: goku-mega {name} {positional + ' ' if positional else ''}[--config FILE.yaml] [name=value ...]"
+    blocks = [f"{usage}\n  {command.about}", f"settings ({command.config}):\n{_settings(command)}"]
+    if name == "train":
+        blocks.append(f"settings with `task: vae` (VaeRun):\n{_settings(TASKS['vae'])}")
+    blocks.append("  --config FILE   a YAML recipe; settings given beside it win\n"
+                  "  --print-config  print the resolved settings as YAML and stop\n"
+                  "  --json          print the result as one JSON object, the last line")  # fmt: skip
+    return "\n\n".join(blocks)
+
+
+def _settings(command: Command) -> str:
+    """One line a setting: name, type, default, and the text under the field in config.py."""
+    from goku_mega.config_load import settings, type_words
+
+    rows = []
+    for setting in settings(getattr(configs, command.config)):
+        default = "required" if setting.default is MISSING else f"default {setting.default!r}"
+        rows.append((setting.name, f"{type_words(setting.kind)}; {default}", setting.text))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return "\n".join(f"  {name:{widths[0]}}  {kind:{widths[1]}}  {text}".rstrip() for name, kind, text in rows)
+
+
+def _readable(result: dict[str, Any]) -> str:
+    """`key: value` lines; lists of like rows as tables."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            lines += [f"{key}:", *_table(value)]
+        elif isinstance(value, dict):
+            lines += [f"{key}:", *(f"  {name}: {item}" for name, item in value.items())]
+        else:
+            lines.append(f"{key}:\n{value}" if "\n" in str(value) else f"{key}: {value}")
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [[name, *(_cell(row.get(name)) for row in rows)] for name in names]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return [f"  {'  '.join(line).rstrip()}" for line in zip(*padded, strict=True)]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _log_format() -> str:
+    rank = f" rank {environment.rank()}" if environment.world_size() > 1 else ""
+    return f"%(asctime)s{rank} %(levelname).1s %(message)s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Encoded samples on disk: WebDataset tar shards, and a Parquet index with the byte offset of every array.
+
+Reading goes straight to the bytes: no scan, any order.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from goku_mega.errors import DataError
+from goku_mega.model.sizes import ModelShape
+from goku_mega.plan.flops import training_flops
+
+INDEX = "index.parquet"
+DATASET = "dataset.json"
+NULL_TEXT = "null_text.npy"
+
+
+class Sample(NamedTuple):
+    """One encoded sample."""
+
+    key: str
+    latent: Tensor  # [channels, t, h, w] float32
+    text: Tensor  # [text_tokens, text_width] float32
+
+
+class EncodedSample(NamedTuple):
+    """What goes into a shard."""
+
+    key: str
+    latent: NDArray[np.float32]
+    text: NDArray[np.float32]
+    about: dict[str, Any]
+
+
+class IndexRow(NamedTuple):
+    """Where a sample's arrays are and what shape they have."""
+
+    key: str
+    shard: str
+    latent_offset: int
+    latent_bytes: int
+    text_offset: int
+    text_bytes: int
+    channels: int
+    t: int
+    h: int
+    w: int
+    text_tokens: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of a data set, by number."""
+
+    path: Path
+    dataset: dict[str, Any]
+    rows: tuple[IndexRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.dataset["latent_channels"])
+
+    @property
+    def text_width(self) -> int:
+        return int(self.dataset["text_width"])
+
+    def tokens(self, shape: ModelShape) -> NDArray[np.int64]:
+        """Tokens of every sample."""
+        pt, ph, pw = shape.patch
+        return np.array([(row.t // pt) * (row.h // ph) * (row.w // pw) for row in self.rows], dtype=np.int64)
+
+    def flops(self, shape: ModelShape) -> NDArray[np.int64]:
+        """Training FLOPs of every sample."""
+        counts = zip(self.tokens(shape).tolist(), self.rows, strict=True)
+        return np.array([training_flops(tokens, row.text_tokens, shape) for tokens, row in counts], dtype=np.int64)
+
+
+def load_index(path: Path) -> Index:
+    """Open a data set written by `goku-mega encode`.
+
+    Raises:
+        DataError: there is none, or it is not finished.
+    """
+    import pyarrow.parquet as parquet
+
+    for name in (DATASET, INDEX, NULL_TEXT):
+        if not (path / name).exists():
+            raise DataError(f"{path / name} is missing; make the data set with `goku-mega encode --output {path}`")
+    table = parquet.read_table(path / INDEX).to_pylist()
+    return Index(path, json.loads((path / DATASET).read_text()), tuple(IndexRow(**row) for row in table))
+
+
+def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
+    """Write the Parquet index, whole or not at all."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    parquet.write_table(arrow.Table.from_pylist([row._asdict() for row in rows]), temporary)
+    temporary.replace(path)
+
+
+class ShardReader:
+    """Reads samples at their offsets; keeps one open file a shard."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.null_text = torch.from_numpy(np.load(index.path / NULL_TEXT).astype(np.float32))
+        self._files: dict[str, int] = {}
+
+    def read(self, number: int) -> Sample:
+        """Sample `number` of the index.
+
+        Raises:
+            DataError: the shard is missing or shorter than the index says.
+        """
+        row = self.index.rows[number]
+        latent = self._array(row.shard, row.latent_offset, row.latent_bytes)
+        return Sample(row.key, latent, self._array(row.shard, row.text_offset, row.text_bytes))
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _array(self, shard: str, offset: int, size: int) -> Tensor:
+        path = self.index.path / shard
+        try:
+            if shard not in self._files:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._files[shard], size, offset)
+            return torch.from_numpy(np.load(io.BytesIO(data)).astype(np.float32))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read at byte {offset} ({error}); encode the data set again") from error
+
+
+def write_shard(path: Path, samples: Iterable[EncodedSample]) -> list[IndexRow]:
+    """Write samples as a tar of KEY.latent.npy, KEY.text.npy and KEY.json: the same bytes for the same samples.
+
+    The shard appears whole, by a rename. The rows' shard is relative to the data set's folder.
+    """
+    rows: list[IndexRow] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                latent = _add(tar, f"{sample.key}.latent.npy", _npy(sample.latent))
+                text = _add(tar, f"{sample.key}.text.npy", _npy(sample.text))
+                _add(tar, f"{sample.key}.json", json.dumps(sample.about, sort_keys=True).encode())
+                shard = f"{path.parent.name}/{path.name}"
+                shapes = (*sample.latent.shape, len(sample.text))
+                rows.append(IndexRow(sample.key, shard, *latent, *text, *shapes, sample.about["caption"]))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return rows
+
+
+def _npy(array: NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array))
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
+    """Add a member without times and owners; where its bytes begin and how many there are."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    start = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, io.BytesIO(data))
+    return start, len(data)

@@ -1,0 +1,99 @@
+"""Captions to embeddings: Flan-T5's encoder through transformers, or a tiny T5 for the quickstart."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from goku_mega.errors import ConfigError
+from goku_mega.seeding import derive_seed
+
+TINY_WIDTH = 64
+TINY_VOCABULARY = 256
+MAX_TEXT_TOKENS = 512
+
+
+class TextEncoder:
+    """A frozen T5 encoder with its tokenizer."""
+
+    def __init__(self, tokenizer: object, model: torch.nn.Module, device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = device
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.d_model)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Each caption's embeddings [text_tokens, width], fp32 on the host, without padding.
+
+        One caption at a time: the same bytes whatever its neighbours are.
+        """
+        known: dict[str, Tensor] = {}
+        for caption in captions:
+            if caption not in known:
+                tokens = self.tokenizer(  # type: ignore[operator]
+                    caption, return_tensors="pt", truncation=True, max_length=MAX_TEXT_TOKENS
+                )
+                hidden = self.model(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state
+                known[caption] = hidden[0].float().cpu()
+        return [known[caption] for caption in captions]
+
+
+def load_text_encoder(name_or_path: str, device: torch.device | None = None) -> TextEncoder:
+    """Load a T5 encoder: a folder or a hub name (`google/flan-t5-xl`).
+
+    Raises:
+        ConfigError: there is no such encoder.
+    """
+    from transformers import T5EncoderModel, T5Tokenizer, logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(name_or_path)
+        model = T5EncoderModel.from_pretrained(name_or_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"text encoder {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name"
+        ) from error
+    return TextEncoder(tokenizer, model, device or torch.device("cpu"))
+
+
+def build_tiny_text_encoder(captions: Iterable[str], folder: Path, seed: int) -> None:
+    """A T5 of two layers with random weights, and a sentencepiece model trained on the captions.
+
+    Random features keep every word apart; what words mean, the transformer's own caption projection
+    and cross-attention learn.
+    """
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sorted(set(captions))),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=TINY_VOCABULARY,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    # transformers ignores a model given as `vocab_file`; it takes the one it finds in the folder.
+    tokenizer = T5Tokenizer.from_pretrained(str(folder), extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=TINY_WIDTH, d_kv=16, d_ff=4 * TINY_WIDTH, num_layers=2, num_heads=4,
+        dropout_rate=0.0,
+    )  # fmt: skip
+    torch.manual_seed(derive_seed(seed, "text encoder"))  # transformers draws from the global generator
+    model = T5EncoderModel(config)
+    tokenizer.save_pretrained(str(folder))
+    model.save_pretrained(str(folder))

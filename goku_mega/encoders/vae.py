@@ -1,0 +1,121 @@
+"""Pixels to latents and back: the causal image-video VAE of CogVideoX, through diffusers.
+
+`tiny` is the codec that ships for the quickstart; any folder or hub name with an
+`AutoencoderKLCogVideoX` works the same way, the real weights among them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from goku_mega.errors import ConfigError, DataError
+
+TINY = Path(__file__).parent / "vae_tiny"
+
+SPATIAL_STRIDE = 8
+TEMPORAL_STRIDE = 4
+TILE_ABOVE_PX = 1024
+"""Pictures with a longer side are decoded in tiles."""
+
+Frames = NDArray[np.uint8]
+
+
+class VideoVae:
+    """A frozen VAE. The latent is the posterior's mean, each channel brought to about mean 0 and deviation 1."""
+
+    def __init__(self, vae: nn.Module, device: torch.device) -> None:
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.device = device
+        config = vae.config
+        channels = config.latent_channels
+        mean = config.latents_mean or [config.shift_factor or 0.0] * channels
+        std = config.latents_std or [1 / config.scaling_factor] * channels
+        self.mean, self.std = (torch.tensor(part, device=device).reshape(1, -1, 1, 1, 1) for part in (mean, std))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @torch.no_grad()
+    def encode(self, clips: Sequence[Frames]) -> Tensor:
+        """Clips [frames, height, width, 3] of one shape to latents [clips, channels, t, h, w] on the host.
+
+        A clip's latent does not depend on its neighbours: clips go through in pairs, a lone one twice,
+        since the convolutions of one clip and of several differ in their last bits.
+
+        Raises:
+            DataError: a shape the strides do not divide.
+        """
+        latent_shape(*clips[0].shape[:3])
+        return torch.cat([self._encode_pair(clips[start : start + 2]) for start in range(0, len(clips), 2)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Frames:
+        """Latents [clips, channels, t, h, w] to clips [clips, frames, height, width, 3]."""
+        pixels = [self._decode_pair(pair) for pair in latents.split(2)]
+        return np.concatenate(pixels)
+
+    def _encode_pair(self, clips: Sequence[Frames]) -> Tensor:
+        pair = torch.from_numpy(np.stack([clips[0], clips[-1]])).to(self.device)
+        x = pair.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        mean = self.vae.encode(x).latent_dist.mean
+        return ((mean - self.mean) / self.std).cpu()[: len(clips)]
+
+    def _decode_pair(self, latents: Tensor) -> Frames:
+        pair = torch.stack([latents[0], latents[-1]]).to(self.device, torch.float32)
+        x = self.vae.decode(pair * self.std + self.mean).sample[: len(latents)]
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def load_vae(name_or_path: str, device: torch.device | None = None) -> VideoVae:
+    """Load a VAE in fp32: `tiny`, a folder in diffusers' format (or with one as `vae/`), or a hub name.
+
+    Raises:
+        ConfigError: there is no such VAE.
+    """
+    from diffusers import AutoencoderKLCogVideoX
+
+    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    if (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"
+    source = str(folder) if folder.exists() else name_or_path
+    try:
+        vae = AutoencoderKLCogVideoX.from_pretrained(source, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name") from error
+    if max(vae.config.sample_height, vae.config.sample_width) > TILE_ABOVE_PX:
+        vae.enable_tiling()
+    return VideoVae(vae, device or torch.device("cpu"))
+
+
+def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(t, h, w) of the latent of a clip: ((frames - 1) / 4 + 1, height / 8, width / 8).
+
+    Raises:
+        DataError: the strides (and the patch of two latent cells) do not divide the clip.
+    """
+    pixels = 2 * SPATIAL_STRIDE
+    if height % pixels or width % pixels:
+        raise DataError(f"{height}x{width} px: height and width must be multiples of {pixels}")
+    if frames % TEMPORAL_STRIDE != 1:
+        raise DataError(f"{frames} frames: the number must be {TEMPORAL_STRIDE}n + 1, like 1, 5, 9 or 241")
+    return (frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+
+
+def content_key(name_or_path: str) -> str:
+    """A hash of a local encoder's files, or its hub name: tells whether two data sets used the same one."""
+    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

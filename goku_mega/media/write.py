@@ -1,0 +1,126 @@
+"""Frames to files people can open: mp4, PNG, GIF, and contact sheets. Every file appears whole, by a rename."""
+
+import os
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from goku_mega.errors import MediaError
+
+Frames = NDArray[np.uint8]
+
+SUFFIXES = (".mp4", ".gif", ".png")
+LABEL_WIDTH_PX = 280
+GAP_PX = 4
+PAPER = 250
+INK = 30
+
+
+def write_video(path: Path, frames: Frames, fps: int, *, crf: int = 10) -> None:
+    """H.264 in mp4, the same bytes for the same frames.
+
+    Args:
+        frames: [frames, height, width, 3]; height and width even.
+        crf: x264's quality, lower is better.
+    """
+    import av
+
+    def write(temporary: Path) -> None:
+        with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps))
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream.options = {"crf": str(crf), "g": "48", "threads": "1", "flags": "+bitexact"}
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+
+    _by_rename(path, write)
+
+
+def write_image(path: Path, frame: Frames) -> None:
+    """One frame [height, width, 3] as PNG."""
+    from PIL import Image
+
+    _by_rename(path, lambda temporary: Image.fromarray(frame).save(temporary, format="PNG"))
+
+
+def write_gif(path: Path, frames: Frames, fps: int) -> None:
+    """An endless GIF of [frames, height, width, 3]."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+
+    def write(temporary: Path) -> None:
+        rest = pictures[1:]
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+
+    _by_rename(path, write)
+
+
+def write_media(path: Path, frames: Frames, fps: int) -> None:
+    """Write by suffix: .mp4, .gif, or .png (the image, or a video's frames side by side).
+
+    Raises:
+        MediaError: another suffix.
+    """
+    check_suffix(path)
+    if path.suffix == ".mp4":
+        write_video(path, frames, fps)
+    elif path.suffix == ".gif":
+        write_gif(path, frames, fps)
+    else:
+        write_image(path, frames[0] if len(frames) == 1 else contact_sheet([("", frames)]))
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name that says nothing about its format."""
+    if path.suffix not in SUFFIXES:
+        raise MediaError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+
+
+def contact_sheet(clips: Sequence[tuple[str, Frames]]) -> Frames:
+    """One row a clip: its caption on the left, its frames side by side; [height, width, 3]."""
+    from PIL import Image, ImageDraw
+
+    label = LABEL_WIDTH_PX if any(caption for caption, _ in clips) else 0
+    heights = [frames.shape[1] for _, frames in clips]
+    width = label + GAP_PX + max(len(frames) * (frames.shape[2] + GAP_PX) for _, frames in clips)
+    sheet = np.full((sum(heights) + GAP_PX * (len(clips) + 1), width, 3), PAPER, dtype=np.uint8)
+    tops, top = [], GAP_PX
+    for _, frames in clips:
+        left = label + GAP_PX
+        for frame in frames:
+            sheet[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
+            left += frame.shape[1] + GAP_PX
+        tops.append(top)
+        top += frames.shape[1] + GAP_PX
+    picture = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(picture)
+    for (caption, _), row_top, height in zip(clips, tops, heights, strict=True):
+        text = _wrap(caption, lambda line: draw.textlength(line), LABEL_WIDTH_PX - 2 * GAP_PX)
+        draw.multiline_text((2 * GAP_PX, row_top + height // 2), text, fill=(INK, INK, INK), anchor="lm")
+    return np.asarray(picture)
+
+
+def _wrap(caption: str, length: Callable[[str], float], limit: float) -> str:
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= limit:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _by_rename(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

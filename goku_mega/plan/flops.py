@@ -1,0 +1,51 @@
+"""The one FLOP formula: the batch planner, the utilisation figure and the memory plan use it. No torch.
+
+Model FLOPs: a multiply and an add count two; recomputation, norms and activations count nothing.
+"""
+
+from goku_mega.model.sizes import ModelShape
+
+TRAINING_PASSES = 3
+"""Forward once, backward twice its products."""
+
+PEAK_TFLOPS = {
+    ("H100", "bf16"): 989.0,
+    ("H200", "bf16"): 989.0,
+    ("A100", "bf16"): 312.0,
+    ("H100", "fp32"): 67.0,
+    ("H200", "fp32"): 67.0,
+    ("A100", "fp32"): 19.5,
+}
+"""Dense peaks of the vendor's data sheets (SXM)."""
+
+
+def forward_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
+    """FLOPs of one sample's forward pass.
+
+    Per layer, with s tokens, l text tokens and width d:
+      self-attention projections 4 x 2 s d^2, scores and values 2 x 2 s^2 d,
+      cross-attention query and output 2 x 2 s d^2, key and value 2 x 2 l d^2, scores and values 2 x 2 s l d,
+      feed-forward 2 x 2 s d f, modulation 2 x 6 d^2.
+    With f = 4 d and no text that is 24 s d^2 + 4 s^2 d and the sample's 12 d^2. Around the layers:
+    patches in and out, the captions' projection and the final modulation.
+    """
+    d, f = shape.hidden_size, shape.ffn_hidden_size
+    layer = 8 * tokens * d * d + 4 * tokens * tokens * d + 4 * tokens * d * f + 12 * d * d
+    outside = 4 * tokens * shape.patch_dim * d + 4 * d * d
+    if shape.text_width is not None:
+        layer += 4 * tokens * d * d + 4 * text_tokens * d * d + 4 * tokens * text_tokens * d
+        outside += 2 * text_tokens * d * (shape.text_width + d)
+    return shape.layers * layer + outside
+
+
+def training_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
+    """FLOPs of one sample's forward and backward pass."""
+    return TRAINING_PASSES * forward_flops(tokens, text_tokens, shape)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s a device can reach in a precision (`bf16`, `fp32`), or None where it is not known (CPUs)."""
+    for (name, kind), tera in PEAK_TFLOPS.items():
+        if name in device_name and kind == precision:
+            return tera * 1e12
+    return None
