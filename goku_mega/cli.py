@@ -37,7 +37,7 @@ COMMANDS = {
     "evaluate shapes": Command(
         "sample prompts and score them with the exact detector",
         "EvaluateConfig",
-        "goku_mega.evaluate.harness:evaluate_shapes",
+        "goku_mega.evaluate.shapes:evaluate_shapes",
     ),
     "checkpoint list": Command(
         "list the checkpoints of a run", "CheckpointFolder", "goku_mega.checkpoint.tools:list_checkpoints"

@@ -289,7 +289,12 @@ class EvaluateConfig:
     steps: int = 20
     guidance: float = 2.5
     solver: Literal["euler", "heun"] = "euler"
+    height: int = 64
+    width: int = 64
+    frames: int = 9
+    """1 makes images; else 4n + 1."""
     batch_samples: int = 32
+    """Samples drawn in one pack."""
     sheet: str = ""
     """Path of a PNG that shows the prompts and their frames; empty: none."""
     table: str = ""

@@ -116,7 +116,7 @@ def _path(folder: Path, rank: int) -> Path:
 def _remove_ranks_from(folder: Path, world_size: int) -> None:
     """Records of an earlier, larger start of this run would be ranks that nobody waits for."""
     for path in folder.glob("rank_*"):
-        if path.suffix or path >= _path(folder, world_size):
+        if not path.suffix and path >= _path(folder, world_size):
             path.unlink(missing_ok=True)
 
 
