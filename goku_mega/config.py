@@ -72,7 +72,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_at_least(1, self, "samples_per_step", "max_tokens_per_rank", section="data.")
         _require_at_least(0, self, "prefetch_steps", section="data.")
-        _require(0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}; use a value in [0, 1)")
+        _require(
+            0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}; use a value in [0, 1)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

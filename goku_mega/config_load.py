@@ -53,12 +53,12 @@ def load(kind: type[Config], *, file: Path | None = None, overrides: Sequence[tu
             node = _put(node, name, value, kind, source=str(file))
     for name, text in overrides:
         node = _put(node, name, _parse(kind, name, text), kind, source=COMMAND_LINE)
-    unset = OmegaConf.missing_keys(node)
-    missing = [setting.name for setting in settings(kind) if setting.name in unset]
-    if missing:
-        place = f"set it in {file}" if file else "set it in a --config file"
-        raise ConfigError(f"{missing[0]} is not set; give --{missing[0].replace('_', '-')} VALUE or {place}")
     try:
+        unset = OmegaConf.missing_keys(node)
+        missing = [setting.name for setting in settings(kind) if setting.name in unset]
+        if missing:
+            place = f"set it in {file}" if file else "set it in a --config file"
+            raise ConfigError(f"{missing[0]} is not set; give --{missing[0].replace('_', '-')} VALUE or {place}")
         return typing.cast(Config, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file or COMMAND_LINE}: {error.full_key}: {str(error).splitlines()[0]}") from None

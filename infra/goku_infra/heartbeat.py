@@ -72,7 +72,9 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._memory.close()
         if kind is None:
             self.path.unlink(missing_ok=True)
