@@ -35,7 +35,7 @@ def median_ms(seconds: list[float]) -> float:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.processor() or platform.machine()})"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
 
 
 def arguments(description: str) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from goku_mega.model.weights import load_published_block
 from goku_mega.parallel.groups import single_process_groups
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "model"))
-from published_block import PublishedBlock, random_weights  # noqa: E402
+from published_block import PublishedBlock, random_weights
 
 SHAPE = ModelShape(layers=4, hidden_size=384, ffn_hidden_size=1536, heads=6, text_width=384)
 GRIDS = [(1, 8, 8)] * 6 + [(1, 6, 10)] * 2 + [(3, 8, 8)] * 3 + [(4, 8, 8)]

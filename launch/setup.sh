@@ -40,9 +40,9 @@ goku_install() {
     echo "setup: installing into $VIRTUAL_ENV (once, some minutes)" >&2
     # torch first and alone, then pinned to exactly the build that came: no later dependency can swap a CPU
     # build for a CUDA build of several GB.
-    pip install --quiet --constraint "$constraints" "$(grep '^torch==' "$constraints")" || return 1
+    pip install --quiet --quiet --constraint "$constraints" "$(grep '^torch==' "$constraints")" || return 1
     torch="$(goku_torch_version)" || return 1
-    pip install --quiet --constraint "$constraints" "torch==$torch" --editable "$GOKU_ROOT[dev]" || return 1
+    pip install --quiet --quiet --constraint "$constraints" "torch==$torch" --editable "$GOKU_ROOT[dev]" || return 1
     [[ "$(goku_torch_version)" == "$torch" ]] || goku_fail "torch $torch was replaced by another build" || return 1
     goku_state >"$stamp"
     echo "setup: done, torch $torch" >&2

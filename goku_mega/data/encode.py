@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from goku_mega.config import EncodeConfig
 from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, EncodedSample, IndexRow, write_index, write_shard
 from goku_mega.encoders.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, content_key
-from goku_mega.errors import DataError, GokuError, MediaError
+from goku_mega.errors import DataError, MediaError
 from goku_mega.media.decode import decode_media
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         _finish(config, output, tasks)
     dataset = json.loads((output / DATASET).read_text())
     seconds = time.monotonic() - began
-    return {"output": str(output), "samples": dataset["samples"], "skipped": dataset["skipped"], "seconds": round(seconds, 1)}
+    counts = {"samples": dataset["samples"], "skipped": dataset["skipped"]}
+    return {"output": str(output), **counts, "seconds": round(seconds, 1)}
 
 
 def read_captions(corpus: Path) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ def _claim(output: Path, config: EncodeConfig, rows: list[dict[str, Any]]) -> No
     """Mark the folder with what is made in it; refuse a folder in which something else was begun."""
     claim = {
         "samples_in_corpus": len(rows),
-        "captions_key": content_key_of_rows(rows),
+        "captions_key": captions_key(rows),
         "vae_key": content_key(config.vae),
         "text_key": content_key(config.text),
         "samples_per_shard": config.samples_per_shard,
@@ -130,7 +131,7 @@ def _claim(output: Path, config: EncodeConfig, rows: list[dict[str, Any]]) -> No
     _write_json(path, claim)
 
 
-def content_key_of_rows(rows: list[dict[str, Any]]) -> str:
+def captions_key(rows: list[dict[str, Any]]) -> str:
     """A short hash of the captions and file names."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,7 +145,6 @@ def _prepare_text(config: EncodeConfig, output: Path, rows: list[dict[str, Any]]
         folder = output / TEXT_ENCODER
         if not folder.exists():
             temporary = output / f".{TEXT_ENCODER}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
             build_tiny_text_encoder((row["caption"] for row in rows), temporary, config.seed)
             temporary.rename(folder)
         name = str(folder)
@@ -165,7 +165,7 @@ def _run(tasks: list[_ShardTask], total: int, workers: int) -> None:
                 future.result()
                 logger.info("shard %s is written", task.shard.name)
         except BrokenProcessPool as error:
-            raise GokuError("an encoding worker was killed; run the command again, it goes on where it stopped") from error
+            raise DataError("an encoding worker was killed; run the command again to go on where it stopped") from error
         finally:
             for future in futures:
                 future.cancel()

@@ -81,10 +81,8 @@ def score(truth: Scene, detection: Detection, *, is_video: bool) -> dict[str, bo
     One object: shape, color, and motion of a video, read from the largest object found. Two objects:
     count, two_objects (both shapes with their colours), position (each where it is said to be), motion.
     """
-    if truth.level == "one":
-        marks = _score_one(truth, detection, is_video)
-    else:
-        marks = _score_two(truth, detection, is_video)
+    judge = _score_one if truth.level == "one" else _score_two
+    marks = judge(truth, detection, is_video)
     return {**marks, "all": all(marks.values())}
 
 

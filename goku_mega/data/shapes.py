@@ -242,7 +242,8 @@ def _track(
     steps = max(1, frames - 1)
     speed = min(rng.uniform(2.0, 3.4), space / steps)
     travel = direction * speed * steps
-    start = rng.uniform(low + np.maximum(0, -travel), np.maximum(high - np.maximum(0, travel), low + np.maximum(0, -travel)))
+    first = low + np.maximum(0, -travel)
+    start = rng.uniform(first, np.maximum(high - np.maximum(0, travel), first))
     return start + np.linspace(0, 1, frames)[:, None] * (travel if frames > 1 else 0)
 
 

@@ -159,12 +159,16 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> list[IndexRow]:
     with temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                latent = _add(tar, f"{sample.key}.latent.npy", _npy(sample.latent))
-                text = _add(tar, f"{sample.key}.text.npy", _npy(sample.text))
+                latent_at, latent_bytes = _add(tar, f"{sample.key}.latent.npy", _npy(sample.latent))
+                text_at, text_bytes = _add(tar, f"{sample.key}.text.npy", _npy(sample.text))
                 _add(tar, f"{sample.key}.json", json.dumps(sample.about, sort_keys=True).encode())
-                shard = f"{path.parent.name}/{path.name}"
-                shapes = (*sample.latent.shape, len(sample.text))
-                rows.append(IndexRow(sample.key, shard, *latent, *text, *shapes, sample.about["caption"]))
+                channels, t, h, w = sample.latent.shape
+                rows.append(
+                    IndexRow(
+                        sample.key, f"{path.parent.name}/{path.name}", latent_at, latent_bytes, text_at, text_bytes,
+                        channels, t, h, w, len(sample.text), sample.about["caption"],
+                    )
+                )  # fmt: skip
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -19,8 +19,12 @@ TINY = Path(__file__).parent / "vae_tiny"
 
 SPATIAL_STRIDE = 8
 TEMPORAL_STRIDE = 4
-TILE_ABOVE_PX = 1024
-"""Pictures with a longer side are decoded in tiles."""
+TILE_ABOVE_PIXELS = 480 * 720
+"""Pictures larger than the published weights were trained on go through in overlapping tiles."""
+TILE_HEIGHT_PX, TILE_WIDTH_PX = 240, 360
+"""diffusers' overlaps, 1/6 of the height and 1/5 of the width, are whole latent cells for these."""
+PAIR_BELOW_VOXELS = 17 * 256 * 256
+"""A lone clip of fewer pixels goes through twice: torch's convolutions of one small clip are four times slower."""
 
 Frames = NDArray[np.uint8]
 
@@ -46,31 +50,45 @@ class VideoVae:
         """Clips [frames, height, width, 3] of one shape to latents [clips, channels, t, h, w] on the host.
 
         A clip's latent does not depend on its neighbours: clips go through in pairs, a lone one twice,
-        since the convolutions of one clip and of several differ in their last bits.
+        since the convolutions of one clip and of several differ in their last bits; large ones alone.
 
         Raises:
             DataError: a shape the strides do not divide.
         """
-        latent_shape(*clips[0].shape[:3])
-        return torch.cat([self._encode_pair(clips[start : start + 2]) for start in range(0, len(clips), 2)])
+        frames, height, width = clips[0].shape[:3]
+        latent_shape(frames, height, width)
+        self._tile(height, width)
+        size = _group_size(frames, height, width)
+        return torch.cat([self._encode_group(clips[start : start + size], size) for start in range(0, len(clips), size)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Frames:
         """Latents [clips, channels, t, h, w] to clips [clips, frames, height, width, 3]."""
-        pixels = [self._decode_pair(pair) for pair in latents.split(2)]
-        return np.concatenate(pixels)
+        cells, rows, columns = latents.shape[2:]
+        frames, height, width = TEMPORAL_STRIDE * (cells - 1) + 1, rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE
+        self._tile(height, width)
+        if cells % 2 == 0:  # diffusers would take it for the middle of a video and return 4 * cells frames
+            latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
+        size = _group_size(frames, height, width)
+        return np.concatenate([self._decode_group(group, size)[:, :frames] for group in latents.split(size)])
 
-    def _encode_pair(self, clips: Sequence[Frames]) -> Tensor:
-        pair = torch.from_numpy(np.stack([clips[0], clips[-1]])).to(self.device)
-        x = pair.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    def _encode_group(self, clips: Sequence[Frames], size: int) -> Tensor:
+        group = torch.from_numpy(np.stack([*clips, *[clips[0]] * (size - len(clips))])).to(self.device)
+        x = group.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         mean = self.vae.encode(x).latent_dist.mean
         return ((mean - self.mean) / self.std).cpu()[: len(clips)]
 
-    def _decode_pair(self, latents: Tensor) -> Frames:
-        pair = torch.stack([latents[0], latents[-1]]).to(self.device, torch.float32)
-        x = self.vae.decode(pair * self.std + self.mean).sample[: len(latents)]
+    def _decode_group(self, latents: Tensor, size: int) -> Frames:
+        group = torch.stack([*latents, *[latents[0]] * (size - len(latents))]).to(self.device, torch.float32)
+        x = self.vae.decode(group * self.std + self.mean).sample[: len(latents)]
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    def _tile(self, height: int, width: int) -> None:
+        if height * width > TILE_ABOVE_PIXELS:
+            self.vae.enable_tiling(TILE_HEIGHT_PX, TILE_WIDTH_PX)
+        else:
+            self.vae.disable_tiling()
 
 
 def load_vae(name_or_path: str, device: torch.device | None = None) -> VideoVae:
@@ -81,18 +99,19 @@ def load_vae(name_or_path: str, device: torch.device | None = None) -> VideoVae:
     """
     from diffusers import AutoencoderKLCogVideoX
 
-    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
-    if (folder / "vae" / "config.json").exists():
-        folder = folder / "vae"
-    source = str(folder) if folder.exists() else name_or_path
-    try:
-        vae = AutoencoderKLCogVideoX.from_pretrained(source, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name") from error
-    if max(vae.config.sample_height, vae.config.sample_width) > TILE_ABOVE_PX:
-        vae.enable_tiling()
-    return VideoVae(vae, device or torch.device("cpu"))
+    folder = _folder(name_or_path)
+    # A hub name is a pipeline with the VAE inside, like the published ones, or a VAE alone.
+    places = [(str(folder), None)] if folder.is_dir() else [(name_or_path, "vae"), (name_or_path, None)]
+    for place, subfolder in places:
+        try:
+            vae = AutoencoderKLCogVideoX.from_pretrained(
+                place, subfolder=subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            )
+            return VideoVae(vae, device or torch.device("cpu"))
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = error
+    reason = str(failure).splitlines()[0]
+    raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name") from failure
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -111,7 +130,7 @@ def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
 
 def content_key(name_or_path: str) -> str:
     """A hash of a local encoder's files, or its hub name: tells whether two data sets used the same one."""
-    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    folder = _folder(name_or_path)
     if not folder.is_dir():
         return name_or_path
     digest = hashlib.sha256()
@@ -119,3 +138,12 @@ def content_key(name_or_path: str) -> str:
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _folder(name_or_path: str) -> Path:
+    folder = TINY if name_or_path == "tiny" else Path(name_or_path)
+    return folder / "vae" if (folder / "vae" / "config.json").exists() else folder
+
+
+def _group_size(frames: int, height: int, width: int) -> int:
+    return 2 if frames * height * width < PAIR_BELOW_VOXELS else 1

@@ -1,6 +1,7 @@
 """Solvers of dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1, and guidance."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -20,7 +21,7 @@ def integrate(velocity: Velocity, x_0: Tensor, *, times: Sequence[float], solver
     """
     step = _STEPS[solver]
     x = x_0
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = step(velocity, x, t, t_next)
     return x
 

@@ -59,7 +59,9 @@ class PackedAttention(nn.Module):
 
         cu_q, cu_kv = segments.edges(query.device)
         longest_q, longest_kv = max(segments.q_lengths), max(segments.kv_lengths)
-        return varlen_attn(query, key, value, cu_q, cu_kv, longest_q, longest_kv, scale=self.softmax_scale)
+        attended = varlen_attn(query, key, value, cu_q, cu_kv, longest_q, longest_kv, scale=self.softmax_scale)
+        assert isinstance(attended, Tensor)  # it is a tuple only when auxiliary outputs are asked for
+        return attended
 
     def _by_runs(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         """One batched call for every run of neighbouring segments of equal shape, without a copy."""
@@ -73,8 +75,8 @@ class PackedAttention(nn.Module):
             if q.shape[0] == 0:
                 continue
             # [count * length, heads, head_dim] -> [count, heads, length, head_dim]
-            batched = [part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v)]
-            out = F.scaled_dot_product_attention(*batched, scale=self.softmax_scale)
+            q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
 
@@ -102,14 +104,14 @@ class _SumOverRanks(torch.autograd.Function):
     """Sum over a group, forward and backward: every rank's output depends on every rank's input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -129,7 +131,7 @@ class GokuSelfAttention(SelfAttention):
         self.q_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
         self.k_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
 
-    def forward(self, hidden_states: Tensor, *, segments: Segments, rotary: Rotary) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, *, segments: Segments, rotary: Rotary) -> Tensor:
         """hidden_states and result: [tokens/cp (/tp under sequence parallelism), hidden]."""
         mixed, _ = self.linear_qkv(hidden_states)  # [tokens/cp, 3 * hidden/tp]
         heads = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
@@ -175,7 +177,7 @@ class GokuCrossAttention(CrossAttention):
         self.q_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
         self.k_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, text: Tensor, *, segments: Segments, rotary: Rotary
     ) -> Tensor:
         """hidden_states and result as in self-attention; text: [text_tokens, hidden]."""

@@ -131,7 +131,8 @@ class Pipeline:
             if not with_guidance:
                 return self._velocity(latents, texts, times)
             both = self._velocity(latents * 2, [*texts, *[null_text] * len(texts)], times * 2)
-            return guided(*both.chunk(2), drawing.guidance)
+            conditional, unconditional = both.chunk(2)
+            return guided(conditional, unconditional, drawing.guidance)
 
         def paced(pace: Tensor, x: Tensor, fraction: float) -> Tensor:
             return pace * velocity(x, fraction)
@@ -185,5 +186,5 @@ def _encoders(dataset: dict[str, Any], checkpoint: Path) -> tuple[str, str]:
     inside = Path(dataset["path"]) / dataset["text"]
     text = str(inside) if inside.exists() else dataset["text"]
     if dataset["text"] == "text_encoder" and not inside.exists():
-        raise CheckpointError(f"{checkpoint} was trained with the text encoder in {inside}, which is gone; encode again")
+        raise CheckpointError(f"{checkpoint} needs its data set's text encoder, but {inside} is gone; encode again")
     return dataset["vae"], text

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from goku_infra.heartbeat import Heartbeat
 
+from goku_infra.heartbeat import Heartbeat
 from goku_mega.checkpoint.load import find_latest, load_info, load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.state import State
@@ -144,7 +144,7 @@ class StepClock:
         self.began = time.monotonic()
 
     def row(self, batch: StepBatch, result: StepResult, *, data_s: float, checkpoint_s: float) -> dict[str, Any]:
-        """Global figures of the step just taken; `mfu` counts no recomputation and is None where the peak is unknown."""
+        """Global figures of the step just taken; `mfu` is None where the device's peak is unknown."""
         now = time.monotonic()
         step_s, self.began = now - self.began, now
         real = sum(micro.real_tokens for micro in batch.micro_batches)

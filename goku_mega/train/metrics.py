@@ -36,7 +36,9 @@ class MetricsLog:
             self._progress = _live_display(self.start_step, self.total_steps)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.is_main:
             os.close(self._file)
             self._board.close()

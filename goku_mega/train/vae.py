@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from goku_mega.config import VaeRun
 from goku_mega.errors import DataError
@@ -59,7 +60,7 @@ def train_vae(run: VaeRun) -> dict[str, Any]:
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)
     vae = build_vae(run)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY))
+    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = VaeOptimizer(vae)
     start = _resume(output / "state.pt", vae, average, optimizer)
     began = time.monotonic()
@@ -78,7 +79,7 @@ def train_vae(run: VaeRun) -> dict[str, Any]:
     return _export(average.module, clips, output)
 
 
-def train_step(vae: nn.Module, x: Tensor, run: VaeRun, step: int) -> tuple[float, float]:
+def train_step(vae: Any, x: Tensor, run: VaeRun, step: int) -> tuple[float, float]:
     """The gradients on pixels x [samples, 3, frames, height, width] in [-1, 1]; the loss and the mean error."""
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "posterior", step))
     # bf16 products are four times as fast as fp32 on CPUs that have them; norms and losses stay in fp32.
@@ -100,7 +101,7 @@ def train_step(vae: nn.Module, x: Tensor, run: VaeRun, step: int) -> tuple[float
 class VaeOptimizer:
     """Muon for the kernels, flattened to matrices, and Adam for the vectors: half the steps of Adam alone here."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         self.kernels = [p for p in vae.parameters() if p.dim() > 1]
         self.matrices = [nn.Parameter(p.data.flatten(1)) for p in self.kernels]  # the same memory
         self.muon = torch.optim.Muon(self.matrices, lr=1.0, weight_decay=0.0)
@@ -123,7 +124,7 @@ class VaeOptimizer:
         self.adam.load_state_dict(state["adam"])
 
 
-def build_vae(run: VaeRun) -> nn.Module:
+def build_vae(run: VaeRun) -> Any:
     """A small CogVideoX VAE with the real strides, its weights drawn from the seed."""
     from diffusers import AutoencoderKLCogVideoX
 
@@ -191,7 +192,7 @@ def _learning_rate(run: VaeRun, step: int) -> float:
     return float(run.learning_rate * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine))
 
 
-def _resume(path: Path, vae: nn.Module, average: nn.Module, optimizer: VaeOptimizer) -> int:
+def _resume(path: Path, vae: Any, average: Any, optimizer: VaeOptimizer) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -202,7 +203,7 @@ def _resume(path: Path, vae: nn.Module, average: nn.Module, optimizer: VaeOptimi
     return int(state["step"])
 
 
-def _save_state(path: Path, step: int, vae: nn.Module, average: nn.Module, optimizer: VaeOptimizer) -> None:
+def _save_state(path: Path, step: int, vae: Any, average: Any, optimizer: VaeOptimizer) -> None:
     temporary = path.with_suffix(".tmp")
     parts = {"vae": vae.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({"step": step, **parts}, temporary)
@@ -210,7 +211,7 @@ def _save_state(path: Path, step: int, vae: nn.Module, average: nn.Module, optim
 
 
 @torch.no_grad()
-def _export(vae: nn.Module, clips: list[np.ndarray[Any, np.dtype[np.uint8]]], output: Path) -> dict[str, Any]:
+def _export(vae: Any, clips: list[np.ndarray[Any, np.dtype[np.uint8]]], output: Path) -> dict[str, Any]:
     """Write the weights with the statistics that bring each latent channel to mean 0 and deviation 1."""
     from diffusers import AutoencoderKLCogVideoX
 

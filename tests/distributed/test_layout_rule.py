@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import run_ranks
 
 from goku_mega.config import DataConfig, FlowRun, LayoutConfig, OptimizerConfig
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
+from launch import run_ranks
 
 STEPS = 10
 LAYOUTS = {
@@ -75,7 +75,8 @@ def train_ten_steps(rank: int, run: FlowRun) -> list[tuple[float, float]]:
     shape = model_shape("tiny")
     model = build_model(shape, groups, seed=run.seed, dtype=torch.float64)
     trainer = Trainer(model, groups, run, torch.float64)
-    with Loader(load_index(Path(run.data.path)), run, shape, groups=groups, start_step=0, dtype=torch.float64) as loader:
+    index = load_index(Path(run.data.path))
+    with Loader(index, run, shape, groups=groups, start_step=0, dtype=torch.float64) as loader:
         return [trainer.step(batch)[:2] for batch in loader]
 
 

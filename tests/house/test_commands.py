@@ -28,7 +28,8 @@ def written_commands() -> list[tuple[str, list[str]]]:
             match = re.search(r"(?:^|[\s(])(goku-mega|goku-ops|goku_mega\.cli|goku_infra\.cli)\s+([^|;&>)]*)", line)
             if match and not line.lstrip().startswith(("#", "echo")):
                 name = match[1].replace("_", "-").removesuffix(".cli").replace("goku-infra", "goku-ops")
-                found.append((document.name, [name, *shlex.split(match[2], comments=True)]))
+                words = shlex.split(match[2], comments=True)
+                found.append((document.name, [name, *(word for word in words if "@" not in word)]))  # no "${array[@]}"
     return found
 
 

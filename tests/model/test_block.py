@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import build_module
 from published_block import PublishedBlock, random_weights
 
 from goku_mega.errors import CheckpointError
 from goku_mega.model.block import GokuBlock, PackLayout
 from goku_mega.model.packed import Segments
 from goku_mega.model.rope import rotary_from_positions
+from goku_mega.model.sizes import ModelShape
 from goku_mega.model.specs import block_spec
 from goku_mega.model.transformer import megatron_config
-from goku_mega.model.sizes import ModelShape
 from goku_mega.model.weights import load_published_block
 from goku_mega.parallel.groups import single_process_groups
-from megatron.core.transformer.spec_utils import build_module
 
 SHAPE = ModelShape(layers=1, hidden_size=96, ffn_hidden_size=384, heads=4, text_width=96)
 LENGTHS = [
