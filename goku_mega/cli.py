@@ -68,7 +68,8 @@ class Arguments(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 2 for bad input, 130 when interrupted, 141 when nobody reads the output."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=_log_format(), datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=_log_format(), datefmt="%H:%M:%S")
+    logging.getLogger("goku_mega").setLevel(logging.INFO)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)  # torch's and megatron's deprecations are not the user's
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from goku_mega.encoders.hub import is_out_of_reach, reason
 from goku_mega.errors import ConfigError, DataError
 from goku_mega.seeding import derive_seed
 
@@ -54,13 +55,14 @@ def load_text_encoder(name_or_path: str, device: torch.device | None = None) -> 
     from transformers import T5EncoderModel, T5Tokenizer, logging
 
     logging.disable_progress_bar()
+    local = is_out_of_reach(name_or_path)
     try:
-        tokenizer = T5Tokenizer.from_pretrained(name_or_path)
-        model = T5EncoderModel.from_pretrained(name_or_path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        model = T5EncoderModel.from_pretrained(name_or_path, dtype=torch.float32, local_files_only=local)
+        tokenizer = T5Tokenizer.from_pretrained(name_or_path, local_files_only=local)
+    except (OSError, ValueError, RuntimeError) as error:
+        why = reason(name_or_path, error, local=local)
         raise ConfigError(
-            f"text encoder {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name"
+            f"text encoder {name_or_path!r} cannot be loaded ({why}); give `tiny`, a folder or a hub name"
         ) from error
     if tokenizer.convert_tokens_to_ids("\u2581a") == tokenizer.unk_token_id:
         # transformers 5 makes an empty vocabulary, in silence, where it finds no file of one.

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from goku_mega.encoders.hub import is_out_of_reach, reason
 from goku_mega.errors import ConfigError, DataError
 
 TINY = Path(__file__).parent / "vae_tiny"
@@ -102,16 +103,17 @@ def load_vae(name_or_path: str, device: torch.device | None = None) -> VideoVae:
     folder = _folder(name_or_path)
     # A hub name is a pipeline with the VAE inside, like the published ones, or a VAE alone.
     places = [(str(folder), None)] if folder.is_dir() else [(name_or_path, "vae"), (name_or_path, None)]
+    local = is_out_of_reach(places[0][0])
     for place, subfolder in places:
         try:
             vae = AutoencoderKLCogVideoX.from_pretrained(
-                place, subfolder=subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+                place, subfolder=subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=local
             )
             return VideoVae(vae, device or torch.device("cpu"))
         except (OSError, ValueError, RuntimeError) as error:
             failure = error
-    reason = str(failure).splitlines()[0]
-    raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({reason}); give `tiny`, a folder or a hub name") from failure
+    why = reason(name_or_path, failure, local=local)
+    raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({why}); give `tiny`, a folder or a hub name") from failure
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,11 @@ from goku_mega.sample.sampler import Drawing, Pipeline, Prompt
 
 logger = logging.getLogger(__name__)
 
+Thing = TypeVar("Thing")
 Frames = NDArray[np.uint8]
 Scores = dict[str, bool]
+Rates = dict[str, dict[str, float]]
+"""Share of right marks by split and task; the number of samples is the task `n`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Judged:
 
 
 def draw_and_judge(pipeline: Pipeline, items: Sequence[Item], drawing: Drawing, batch_samples: int) -> list[Judged]:
-    """Sample every item, some at a time, and judge it."""
+    """Sample every item, `batch_samples` in a pack, and judge it."""
     judged: list[Judged] = []
     began = time.monotonic()
     for batch in _batches(items, batch_samples):
@@ -49,42 +52,42 @@ def draw_and_judge(pipeline: Pipeline, items: Sequence[Item], drawing: Drawing, 
     return judged
 
 
-def rates(judged: Sequence[Judged]) -> dict[str, dict[str, float]]:
-    """Share of right marks by split and task, with the number of samples as `n`."""
-    table: dict[str, dict[str, float]] = {}
+def rates(judged: Sequence[Judged]) -> Rates:
+    """Share of right marks by split and task. All samples of a split are marked for the same tasks."""
+    table: Rates = {}
     for split in dict.fromkeys(one.item.split for one in judged):
         marks = [one.scores for one in judged if one.item.split == split]
-        tasks = dict.fromkeys(task for scores in marks for task in scores)
-        table[split] = {
-            task: float(np.mean([scores[task] for scores in marks if task in scores])) for task in tasks
-        } | {"n": len(marks)}
+        shares = {task: sum(scores[task] for scores in marks) / len(marks) for task in marks[0]}
+        table[split] = {**shares, "n": len(marks)}
     return table
 
 
-def format_table(models: dict[str, dict[str, dict[str, float]]], chance: dict[str, float]) -> str:
-    """Models and splits down, tasks across; each rate with its 95% margin."""
-    tasks = list(dict.fromkeys(t for splits in models.values() for row in splits.values() for t in row if t != "n"))
+def format_table(models: dict[str, Rates], chance: dict[str, float]) -> str:
+    """Models and splits down, tasks across; each rate with its 95% margin, and what guessing would reach."""
+    tasks = list(dict.fromkeys(task for splits in models.values() for row in splits.values() for task in row))
+    tasks.remove("n")
     rows = [["model", "prompts", "n", *tasks]]
     for model, splits in models.items():
         for split, row in splits.items():
             n = int(row["n"])
             cells = [f"{row[task]:.2f} ±{_margin(row[task], n):.2f}" if task in row else "" for task in tasks]
             rows.append([model, split, str(n), *cells])
-    rows.append(["chance", "", "", *(f"{chance[task]:.2f}" if task in chance else "" for task in tasks)])
+    if chance:
+        rows.append(["chance", "", "", *(f"{chance[task]:.2f}" if task in chance else "" for task in tasks)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def write_table(path: Path, result: dict[str, Any]) -> None:
-    """The whole result as JSON."""
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """The whole result, by a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
 
 
-def spread(things: Sequence[Any], count: int) -> list[Any]:
+def spread(things: Sequence[Thing], count: int) -> list[Thing]:
     """`count` of the things, evenly over their order; all of them for 0."""
     if not count or count >= len(things):
         return list(things)

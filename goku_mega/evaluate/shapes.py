@@ -5,11 +5,11 @@ combinations that were never trained on are a split of their own.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,90 +17,118 @@ from goku_mega.config import EvaluateConfig
 from goku_mega.data.shape_detector import detect, score
 from goku_mega.data.shapes import COLORS, MOTIONS, SHAPES, Scene
 from goku_mega.encoders.vae import latent_shape
-from goku_mega.errors import DataError
+from goku_mega.errors import ConfigError, DataError
 from goku_mega.evaluate.harness import (
     Frames,
     Item,
     Judged,
+    Rates,
     Scores,
     draw_and_judge,
     format_table,
     rates,
     spread,
-    write_table,
+    write_json,
 )
 from goku_mega.media.write import contact_sheet, write_image
-from goku_mega.sample.sampler import Drawing, Pipeline, Prompt
+from goku_mega.sample.sampler import Drawing, Pipeline, Prompt, check_place
 
 SHEET_ROWS = 16
-CHANCE = {
-    "shape": 1 / len(SHAPES),
-    "color": 1 / len(COLORS),
-    "motion": 1 / len(MOTIONS),
-    "all": 1 / (len(SHAPES) * len(COLORS) * len(MOTIONS)),
-}
+GUESS = {"shape": 1 / len(SHAPES), "color": 1 / len(COLORS), "motion": 1 / len(MOTIONS)}
+"""What a blind guess at one object's tasks reaches."""
+
+
+class Question(NamedTuple):
+    """A line of prompts.jsonl."""
+
+    prompt: str
+    split: str
+    """seen or held_out; of scenes with two objects, seen_two."""
+    scene: Scene
 
 
 def evaluate_shapes(config: EvaluateConfig) -> dict[str, Any]:
-    """Sample the prompts with new seeds and score them; the rates by model, split and task, and a table.
+    """Sample the prompts with new seeds and score them.
+
+    Returns:
+        `scores`, the rates by model (trained, untrained), split and task with the number of samples `n`,
+        and a `table` of them to read. The file `config.table` also has the marks of every sample.
 
     Raises:
-        UserError: the prompts or the checkpoint cannot be used.
+        UserError: the sizes, the prompts, the outputs or the checkpoint cannot be used; nothing is written then.
     """
     began = time.monotonic()
+    _check_outputs(config)
+    grid = latent_shape(config.frames, config.height, config.width)
+    items = draws(read_questions(Path(config.prompts)), config, grid)
     torch.set_num_threads(config.threads)
-    items = read_prompts(config)
     drawing = Drawing(config.steps, config.guidance, config.solver)
-    pipelines: dict[str, Callable[[], Pipeline]] = {"trained": _loader(config, untrained=False)}
+    trained = Pipeline.from_checkpoint(Path(config.checkpoint), weights=config.weights)
+    judged = {"trained": draw_and_judge(trained, items, drawing, config.batch_samples)}
     if config.untrained:
-        pipelines["untrained"] = _loader(config, untrained=True)
-    scores = {}
-    step = 0
-    for model, load in pipelines.items():
-        pipeline = load()
-        step = max(step, pipeline.step)
-        judged = draw_and_judge(pipeline, items, drawing, config.batch_samples)
-        scores[model] = rates(judged)
-        if model == "trained" and config.sheet:
-            write_image(Path(config.sheet), sheet(judged))
+        fresh = Pipeline.from_checkpoint(Path(config.checkpoint), weights=config.weights, untrained=True)
+        judged["untrained"] = draw_and_judge(fresh, items, drawing, config.batch_samples)
+    scores = {model: rates(samples) for model, samples in judged.items()}
     result = {
-        "checkpoint_step": step,
-        "scores": scores,
+        "checkpoint_step": trained.step,
         "seconds": round(time.monotonic() - began, 1),
-        "table": format_table(scores, CHANCE),
+        "scores": scores,
+        "table": format_table(scores, chance(scores["trained"])),
     }
+    if config.sheet:
+        write_image(Path(config.sheet), sheet(judged["trained"]))
     if config.table:
-        write_table(Path(config.table), result)
+        samples = {model: [_marks(one) for one in samples] for model, samples in judged.items()}
+        write_json(Path(config.table), {**result, "samples": samples})
     return result
 
 
-def read_prompts(config: EvaluateConfig) -> list[Item]:
-    """The prompts of prompts.jsonl, each `samples_per_prompt` times with seeds of its own.
+def read_questions(path: Path) -> list[Question]:
+    """The lines of prompts.jsonl.
 
     Raises:
         DataError: the file is missing or not what `goku-mega corpus shapes` writes.
     """
-    path = Path(config.prompts)
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        splits = {split: [row for row in rows if row["split"] == split] for split in ("seen", "held_out")}
-        chosen = [row for split in splits.values() for row in spread(split, config.max_prompts)]
-        scenes = [(row, Scene.from_json(row["truth"])) for row in chosen]
+        questions = [_question(json.loads(line)) for line in path.read_text().splitlines()]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); `goku-mega corpus shapes` writes it") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a prompts file of `goku-mega corpus shapes` ({error})") from error
-    grid = latent_shape(config.frames, config.height, config.width)
+        raise DataError(f"{path} is not a prompts file of `goku-mega corpus shapes` ({error!r})") from error
+    if not questions:
+        raise DataError(f"{path} is empty; `goku-mega corpus shapes` writes it")
+    return questions
+
+
+def draws(questions: list[Question], config: EvaluateConfig, grid: tuple[int, int, int]) -> list[Item]:
+    """`max_prompts` questions of every split, each `samples_per_prompt` times with seeds of its own.
+
+    Args:
+        grid: (t, h, w) of the latents to draw.
+    """
+    splits = dict.fromkeys(question.split for question in questions)
+    chosen = [
+        question
+        for split in splits
+        for question in spread([question for question in questions if question.split == split], config.max_prompts)
+    ]
     return [
-        Item(Prompt(row["prompt"], config.seed + number, grid), row["split"], partial(judge, scene))
-        for row, scene in scenes
+        Item(Prompt(question.prompt, config.seed + number, grid), question.split, partial(judge, question.scene))
+        for question in chosen
         for number in range(config.samples_per_prompt)
     ]
 
 
 def judge(scene: Scene, frames: Frames) -> Scores:
-    """The marks of one sample."""
+    """The marks of one sample, a clip or (one frame) an image."""
     return score(scene, detect(frames), is_video=len(frames) > 1)
+
+
+def chance(found: Rates) -> dict[str, float]:
+    """What guessing reaches in the tasks that prompts of one object were marked for."""
+    tasks = next((row for split, row in found.items() if not split.endswith("_two")), {})
+    guesses = {task: rate for task, rate in GUESS.items() if task in tasks}
+    return {**guesses, "all": math.prod(guesses.values())} if guesses else {}
 
 
 def sheet(judged: list[Judged]) -> Frames:
@@ -108,14 +136,25 @@ def sheet(judged: list[Judged]) -> Frames:
     splits = dict.fromkeys(one.item.split for one in judged)
     rows = []
     for split in splits:
-        for one in spread([one for one in judged if one.item.split == split], SHEET_ROWS // len(splits)):
+        for one in spread([one for one in judged if one.item.split == split], max(1, SHEET_ROWS // len(splits))):
             wrong = [task for task, right in one.scores.items() if not right and task != "all"]
             mark = f"wrong: {', '.join(wrong)}" if wrong else "right"
             rows.append((f"{one.item.prompt.text} [{split.replace('_', ' ')}] {mark}", one.frames))
     return contact_sheet(rows)
 
 
-def _loader(config: EvaluateConfig, *, untrained: bool) -> Callable[[], Pipeline]:
-    return partial(
-        Pipeline.from_checkpoint, Path(config.checkpoint), weights=config.weights, untrained=untrained
-    )
+def _question(row: dict[str, Any]) -> Question:
+    scene = Scene.from_json(row["truth"])
+    return Question(row["prompt"], row["split"] if scene.level == "one" else f"{row['split']}_two", scene)
+
+
+def _marks(one: Judged) -> dict[str, Any]:
+    prompt = one.item.prompt
+    return {"prompt": prompt.text, "seed": prompt.seed, "split": one.item.split, "scores": one.scores}
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    if config.sheet and Path(config.sheet).suffix != ".png":
+        raise ConfigError(f"sheet is {config.sheet!r}; give a file that ends in .png")
+    for output in filter(None, (config.sheet, config.table)):
+        check_place(Path(output))

@@ -1,4 +1,4 @@
-"""The straight path from noise to data and the loss on its velocity (paper section 2.3).
+"""The straight path from noise to data and the loss on its velocity (arXiv 2502.04896 section 2.3).
 
 Symbols are the paper's: x_1 is data, x_0 is noise, x_t lies between them, t = 1 is data.
 """

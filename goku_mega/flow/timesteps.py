@@ -14,7 +14,7 @@ def draw_time(flow: FlowConfig, *, seed: int, tokens: int) -> float:
     """The training time t of one sample, in (0, 1); 1 is data.
 
     Args:
-        flow: the distribution: uniform, or logit-normal (arXiv 2403.03206 section 3.1, as in the paper).
+        flow: the distribution: uniform, or logit-normal (arXiv 2403.03206 section 3.1).
         seed: all the randomness there is.
         tokens: length of the sample, for the resolution shift.
     """
@@ -28,12 +28,13 @@ def draw_time(flow: FlowConfig, *, seed: int, tokens: int) -> float:
 
 def shift_for(tokens: int, base_tokens: int) -> float:
     """sqrt(tokens / base): at equal noise a larger sample keeps more of its signal, so it needs more noise
-    (arXiv 2403.03206 section 5.3.2). 1 without a base."""
+    (arXiv 2403.03206 section 5.3.2). 1 where base_tokens is 0."""
     return math.sqrt(tokens / base_tokens) if base_tokens else 1.0
 
 
 def shift_time(t: float, shift: float) -> float:
-    """Move t towards noise: the noise level 1 - t becomes shift (1 - t) / (1 + (shift - 1)(1 - t))."""
+    """Move t towards noise: the noise level 1 - t becomes shift (1 - t) / (1 + (shift - 1)(1 - t))
+    (arXiv 2403.03206 equation 23, where t is the noise level)."""
     noise = 1 - t
     return 1 - shift * noise / (1 + (shift - 1) * noise)
 

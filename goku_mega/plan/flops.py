@@ -8,15 +8,18 @@ from goku_mega.model.sizes import ModelShape
 TRAINING_PASSES = 3
 """Forward once, backward twice its products."""
 
+TIMESTEP_FREQUENCIES = 256
+"""Width of the timestep's sinusoids."""
+
 PEAK_TFLOPS = {
-    ("H100", "bf16"): 989.0,
-    ("H200", "bf16"): 989.0,
-    ("A100", "bf16"): 312.0,
-    ("H100", "fp32"): 67.0,
-    ("H200", "fp32"): 67.0,
-    ("A100", "fp32"): 19.5,
+    "A100": {"bf16": 312.0, "fp32": 19.5},
+    "H100 PCIe": {"bf16": 756.0, "fp32": 51.0},
+    "H100 NVL": {"bf16": 835.0, "fp32": 60.0},
+    "H100": {"bf16": 989.0, "fp32": 67.0},
+    "H200 NVL": {"bf16": 835.0, "fp32": 60.0},
+    "H200": {"bf16": 989.0, "fp32": 67.0},
 }
-"""Dense peaks of the vendor's data sheets (SXM)."""
+"""Dense peaks of the vendor's data sheets; a card's variants come before its plain (SXM) name."""
 
 
 def forward_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
@@ -26,12 +29,13 @@ def forward_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
       self-attention projections 4 x 2 s d^2, scores and values 2 x 2 s^2 d,
       cross-attention query and output 2 x 2 s d^2, key and value 2 x 2 l d^2, scores and values 2 x 2 s l d,
       feed-forward 2 x 2 s d f, modulation 2 x 6 d^2.
-    With f = 4 d and no text that is 24 s d^2 + 4 s^2 d and the sample's 12 d^2. Around the layers:
-    patches in and out, the captions' projection and the final modulation.
+    With f = 4 d and no text that is 24 s d^2 + 4 s^2 d and the sample's 12 d^2. Around the layers, with
+    patches of p numbers: patches in and out 2 x 2 s p d, the captions' projection 2 l w d + 2 l d^2, and once
+    a sample the timestep's two layers 2 x 256 d + 2 d^2 and the final modulation 2 x 2 d^2.
     """
     d, f = shape.hidden_size, shape.ffn_hidden_size
     layer = 8 * tokens * d * d + 4 * tokens * tokens * d + 4 * tokens * d * f + 12 * d * d
-    outside = 4 * tokens * shape.patch_dim * d + 4 * d * d
+    outside = 4 * tokens * shape.patch_dim * d + 2 * TIMESTEP_FREQUENCIES * d + 6 * d * d
     if shape.text_width is not None:
         layer += 4 * tokens * d * d + 4 * text_tokens * d * d + 4 * tokens * text_tokens * d
         outside += 2 * text_tokens * d * (shape.text_width + d)
@@ -45,7 +49,5 @@ def training_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s a device can reach in a precision (`bf16`, `fp32`), or None where it is not known (CPUs)."""
-    for (name, kind), tera in PEAK_TFLOPS.items():
-        if name in device_name and kind == precision:
-            return tera * 1e12
-    return None
+    peaks = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in device_name), {})
+    return peaks[precision] * 1e12 if precision in peaks else None

@@ -3,12 +3,10 @@
 The noise of a sample belongs to its own seed, so what is sampled beside it changes nothing.
 """
 
-import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +17,11 @@ from torch import Tensor
 
 from goku_mega.checkpoint.load import load_info, load_into, open_checkpoint
 from goku_mega.config import SampleConfig
+from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
 from goku_mega.encoders.text import TextEncoder, load_text_encoder
-from goku_mega.encoders.vae import VideoVae, latent_shape, load_vae
-from goku_mega.errors import CheckpointError, ConfigError
+from goku_mega.encoders.vae import VideoVae, content_key, latent_shape, load_vae
+from goku_mega.errors import CheckpointError, MediaError
 from goku_mega.flow.solvers import Solver, guided, integrate
 from goku_mega.flow.timesteps import shift_for, time_grid
 from goku_mega.media.write import check_suffix, write_media
@@ -31,8 +30,6 @@ from goku_mega.model.transformer import GokuTransformer
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import build_model
 from goku_mega.seeding import derive_seed
-
-logger = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -49,6 +46,7 @@ class Drawing(NamedTuple):
 
     steps: int
     guidance: float
+    """Classifier-free guidance scale; 1 is none, and costs half."""
     solver: Solver
 
 
@@ -74,20 +72,16 @@ class Pipeline:
             untrained: leave the weights as they were before the first step.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or its data set's encoders are gone.
+            CheckpointError: there is none, it is damaged, or its data set's encoders are gone or changed.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         checkpoint = open_checkpoint(path)
         info = load_info(checkpoint)
-        about = dict(info["model"])
-        about.pop("size")
-        shape = ModelShape(**{**about, "patch": tuple(about["patch"])})
-        if shape.text_width is None:
-            raise CheckpointError(f"{checkpoint} holds a class-conditional model; sampling takes prompts")
+        shape = _shape(info["model"], checkpoint)
+        vae, text = _encoders(info["dataset"], checkpoint)
         model = build_model(shape, single_process_groups(device), seed=info["run"]["seed"], fsdp=False)
         if not untrained:
             load_into(checkpoint, {weights: model.shards}, model=info["model"])
-        vae, text = _encoders(info["dataset"], checkpoint)
         return cls(
             model=model.module.eval().requires_grad_(False),
             shape=shape,
@@ -111,40 +105,31 @@ class Pipeline:
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Tensor]:
-        """Each prompt's latent [channels, t, h, w], all prompts in one pack."""
-        null_text = self.text.encode([""])[0]
+        """Each prompt's latent [channels, t, h, w]: all prompts in one pack, and without their text once more
+        beside them where there is guidance, so that a velocity is one forward pass."""
         texts = self.text.encode([prompt.text for prompt in prompts])
-        patch = self.shape.patch
-        counts = [token_count(prompt.latent_shape, patch) for prompt in prompts]
-        shifts = [shift_for(count, self.shift_base_tokens) for count in counts]
-        grids = torch.tensor([time_grid(drawing.steps, shift) for shift in shifts], dtype=torch.float64)
-        spans = torch.repeat_interleave(torch.tensor(counts))  # which sample each token belongs to
-        with_guidance = drawing.guidance != 1.0
+        no_texts = self.text.encode([""]) * len(prompts)
+        counts = torch.tensor([token_count(prompt.latent_shape, self.shape.patch) for prompt in prompts])
+        first_tokens = counts.cumsum(0) - counts
+        # Every sample walks its own grid of times, since the shift depends on its size.
+        grids = torch.tensor([time_grid(drawing.steps, shift_for(n, self.shift_base_tokens)) for n in counts.tolist()])
+        times = grids.repeat_interleave(counts, dim=0).T[..., None]  # [steps + 1, tokens, 1]
 
-        def at(fraction: float) -> Tensor:
-            """Each sample's own time at a fraction of the solver's way."""
-            return grids[:, round(fraction * drawing.steps)]
-
-        def velocity(x: Tensor, fraction: float) -> Tensor:
-            latents = [unpatchify(t, p.latent_shape, patch) for t, p in zip(x.split(counts), prompts, strict=True)]
-            times = at(fraction).tolist()
-            if not with_guidance:
-                return self._velocity(latents, texts, times)
-            both = self._velocity(latents * 2, [*texts, *[null_text] * len(texts)], times * 2)
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            latents, sample_times = self._unpack(x, prompts), t[first_tokens, 0].tolist()
+            if drawing.guidance == 1:
+                return self._velocity(latents, texts, sample_times)
+            both = self._velocity(latents * 2, texts + no_texts, sample_times * 2)
             conditional, unconditional = both.chunk(2)
             return guided(conditional, unconditional, drawing.guidance)
 
-        def paced(pace: Tensor, x: Tensor, fraction: float) -> Tensor:
-            return pace * velocity(x, fraction)
+        noise = torch.cat([patchify(self._noise(prompt), self.shape.patch) for prompt in prompts])
+        return self._unpack(integrate(velocity, noise, times=list(times), solver=drawing.solver), prompts)
 
-        noise = torch.cat([patchify(self._noise(prompt), patch) for prompt in prompts])
-        # Samples of other sizes walk through other times: all share the fraction of the way, each with its pace.
-        x = noise
-        fractions = [number / drawing.steps for number in range(drawing.steps + 1)]
-        for here, there in pairwise(fractions):
-            pace = ((at(there) - at(here)) / (there - here)).float()[spans, None]  # [tokens, 1]
-            x = integrate(partial(paced, pace), x, times=[here, there], solver=drawing.solver)
-        return [unpatchify(t, p.latent_shape, patch) for t, p in zip(x.split(counts), prompts, strict=True)]
+    def _unpack(self, tokens: Tensor, prompts: Sequence[Prompt]) -> list[Tensor]:
+        shapes = [prompt.latent_shape for prompt in prompts]
+        parts = tokens.split([token_count(shape, self.shape.patch) for shape in shapes])
+        return [unpatchify(part, shape, self.shape.patch) for part, shape in zip(parts, shapes, strict=True)]
 
     def _velocity(self, latents: Sequence[Tensor], texts: Sequence[Tensor], times: Sequence[float]) -> Tensor:
         batch = pack_prompts(latents, texts, times, self.shape)
@@ -164,8 +149,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     began = time.monotonic()
     output = Path(config.output)
     check_suffix(output)
-    if config.steps < 1:
-        raise ConfigError(f"steps is {config.steps}; it must be 1 or more")
+    check_place(output)
     shape = latent_shape(config.frames, config.height, config.width)
     torch.set_num_threads(config.threads)
     pipeline = Pipeline.from_checkpoint(Path(config.checkpoint), weights=config.weights)
@@ -175,16 +159,43 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     return {
         "output": str(output),
         "prompt": config.prompt,
+        "seed": config.seed,
         "frames": len(clip),
         "checkpoint_step": pipeline.step,
         "seconds": round(time.monotonic() - began, 2),
     }
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before minutes are spent on it, a file that could not be written in the end.
+
+    Raises:
+        MediaError: it is a folder, or its folder is a file or not ours to write in.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
+        raise MediaError(f"{path} cannot be written: {reason}; choose another output")
+
+
+def _shape(about: dict[str, Any], checkpoint: Path) -> ModelShape:
+    """The model a checkpoint holds."""
+    values = {name: value for name, value in about.items() if name != "size"}
+    shape = ModelShape(**{**values, "patch": tuple(values["patch"])})
+    if shape.text_width is None:
+        raise CheckpointError(f"{checkpoint} holds a class-conditional model; sampling needs one that takes prompts")
+    return shape
+
+
 def _encoders(dataset: dict[str, Any], checkpoint: Path) -> tuple[str, str]:
     """Where the VAE and the text encoder of a checkpoint's data set are."""
-    inside = Path(dataset["path"]) / dataset["text"]
-    text = str(inside) if inside.exists() else dataset["text"]
-    if dataset["text"] == "text_encoder" and not inside.exists():
+    vae, text = dataset["vae"], dataset["text"]
+    if content_key(vae) != dataset["vae_key"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained on latents of the VAE {vae!r}, whose weights are gone or have changed; "
+            "put them back, or encode and train again"
+        )
+    inside = Path(dataset["path"]) / text
+    if text == TEXT_ENCODER and not inside.exists():
         raise CheckpointError(f"{checkpoint} needs its data set's text encoder, but {inside} is gone; encode again")
-    return dataset["vae"], text
+    return vae, str(inside) if inside.exists() else text

@@ -5,10 +5,14 @@ Only the main rank writes. A resumed run cuts off what the killed one wrote beyo
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +34,10 @@ class MetricsLog:
 
             self.run_dir.mkdir(parents=True, exist_ok=True)
             path = self.run_dir / "metrics.jsonl"
-            cut_after(path, self.start_step)
+            cut_from(path, self.start_step)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start_step)
-            self._progress = _live_display(self.start_step, self.total_steps)
+            self._display = _live_display(self.start_step, self.total_steps)
         return self
 
     def __exit__(
@@ -42,47 +46,72 @@ class MetricsLog:
         if self.is_main:
             os.close(self._file)
             self._board.close()
-            if self._progress is not None:
-                self._progress[0].stop()
+            if self._display is not None:
+                self._display.progress.stop()
 
     def record(self, row: dict[str, Any]) -> None:
-        """Write one step's row; it has `step` (from 0) and numbers, None where a figure is not known."""
+        """Write one step's row: `step`, from 0, and numbers; None where a figure is not known.
+
+        The line is one write, so a kill leaves it whole or absent.
+        """
         if not self.is_main:
             return
-        os.write(self._file, (json.dumps(row) + "\n").encode())
+        os.write(self._file, (json.dumps(_finite(row)) + "\n").encode())
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, row["step"])
-        if self._progress is not None:
-            progress, task = self._progress
-            progress.update(task, completed=row["step"] + 1, loss=row["loss"], rate=row["samples_per_s"])
-        elif (row["step"] + 1) % LOG_EVERY_STEPS == 0 or row["step"] + 1 == self.total_steps:
+        if row["checkpoint_s"]:
+            self._board.flush()  # so that a kill takes from TensorBoard no step the checkpoint keeps
+        self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        done = row["step"] + 1
+        if self._display is not None:
+            self._display.progress.update(
+                self._display.task, completed=done, loss=row["loss"], rate=row["samples_per_s"]
+            )
+        elif done % LOG_EVERY_STEPS == 0 or done == self.total_steps:
             logger.info(
-                "step %d/%d loss %.4f grad norm %.3f %.0f tokens/s %.1f samples/s",
-                row["step"] + 1, self.total_steps, row["loss"], row["gradient_norm"],
-                row["tokens_per_s"], row["samples_per_s"],
+                "step %d/%d loss %.4f gradient norm %.3f %.0f tokens/s %.1f samples/s",
+                done, self.total_steps, row["loss"], row["gradient_norm"], row["tokens_per_s"], row["samples_per_s"],
             )  # fmt: skip
 
 
-def cut_after(path: Path, start_step: int) -> None:
-    """Keep the rows of the steps before `start_step`; a torn last line goes too."""
+def cut_from(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later, and lines that are not whole; the file is replaced by a rename."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] < start_step:
-            kept.append(line + "\n")
+    kept = [line + "\n" for line in path.read_text(errors="replace").splitlines() if _step_of(line) < step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    with temporary.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def _live_display(start_step: int, total_steps: int) -> Any:
-    """A rich progress bar and its task, where stderr is a terminal."""
+def _step_of(line: str) -> float:
+    """The step of a row; infinity of a torn line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no nan and no infinity: null."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+
+
+class _Display(NamedTuple):
+    """A rich progress bar and its task."""
+
+    progress: "Progress"
+    task: "TaskID"
+
+
+def _live_display(start_step: int, total_steps: int) -> _Display | None:
+    """A running progress bar, or None where stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -93,5 +122,6 @@ def _live_display(start_step: int, total_steps: int) -> Any:
         TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
         TextColumn("{task.fields[rate]:.1f} samples/s"), TimeRemainingColumn(), console=console,
     )  # fmt: skip
+    task = progress.add_task("train", total=total_steps, completed=start_step, loss=math.nan, rate=0.0)
     progress.start()
-    return progress, progress.add_task("train", total=total_steps, completed=start_step, loss=float("nan"), rate=0.0)
+    return _Display(progress, task)

@@ -220,8 +220,10 @@ def _export(vae: Any, clips: list[np.ndarray[Any, np.dtype[np.uint8]]], output: 
     x = torch.from_numpy(np.stack([clip[:shortest] for clip in chosen])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    # Private entries name the settings that were left at their defaults, and would put them back.
+    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     exported = AutoencoderKLCogVideoX.from_config(
-        {**vae.config, "latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
+        {**settings, "latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
     )
     exported.load_state_dict(vae.state_dict())
     exported.half().save_pretrained(output)

@@ -1,0 +1,149 @@
+"""A run that is killed goes on as if nothing had happened: same layout bitwise, another layout to rounding."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+EVERY = 4
+LIMIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(1)
+    samples = [
+        EncodedSample(
+            f"sample-{number:03d}",
+            rng.standard_normal((16, 1 + 2 * (number % 2), 8, 8)).astype(np.float32),
+            rng.standard_normal((2 + number % 3, 64)).astype(np.float32),
+            {"caption": ""},
+        )
+        for number in range(40)
+    ]
+    write_index(folder / "index.parquet", write_shard(folder / "shards" / "00000.tar", samples))
+    np.save(folder / NULL_TEXT, rng.standard_normal((1, 64)).astype(np.float32))
+    (folder / "dataset.json").write_text('{"latent_channels": 16, "text_width": 64, "text": "none", "vae": "none"}')
+    return folder
+
+
+def start(dataset: Path, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    """`goku-mega train` under torchrun, as a user starts it."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={STEPS}",
+        f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8", "optimizer.learning_rate=3e-3",
+        "optimizer.warmup_steps=2", *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def kill_after_checkpoint(process: subprocess.Popen[str], run_dir: Path, victim: int) -> None:
+    """SIGKILL one rank once the first checkpoint is committed and a later step has begun."""
+    from goku_infra.heartbeat import read_beats
+
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        beats = read_beats(run_dir / "heartbeats") if (run_dir / "heartbeats").exists() else []
+        if any(beat.step > EVERY for beat in beats) and (run_dir / "checkpoints").exists():
+            os.kill(next(beat.pid for beat in beats if beat.rank == victim), signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode not in (0, None)
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory) -> dict[int, float]:
+    run_dir = tmp_path_factory.mktemp("unbroken")
+    finish(start(dataset, run_dir, 2))
+    return losses(run_dir)
+
+
+@pytest.fixture(scope="module")
+def killed(dataset, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("killed")
+    kill_after_checkpoint(start(dataset, run_dir, 2, "layout.tp=1"), run_dir, victim=1)
+    return run_dir
+
+
+def copy(run_dir: Path, target: Path) -> Path:
+    subprocess.run(["cp", "-r", str(run_dir), str(target)], check=True)
+    return target
+
+
+def test_the_same_layout_goes_on_bitwise(dataset, unbroken, killed, tmp_path):
+    run_dir = copy(killed, tmp_path / "run")
+    assert "resumed from" in finish(start(dataset, run_dir, 2))
+    assert losses(run_dir) == unbroken
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, ()), (2, ("layout.tp=2",)), (2, ("layout.cp=2",))])
+def test_another_layout_goes_on_with_the_same_losses(dataset, unbroken, killed, tmp_path, ranks, layout):
+    run_dir = copy(killed, tmp_path / "run")
+    finish(start(dataset, run_dir, ranks, *layout))
+    continued = losses(run_dir)
+    assert continued.keys() == unbroken.keys()
+    np.testing.assert_allclose(list(continued.values()), list(unbroken.values()), rtol=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(dataset, unbroken, killed, tmp_path):
+    run_dir = copy(killed, tmp_path / "run")
+    finish(start(dataset, run_dir, 1, "checkpoint.keep=9"))
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    shard = next(newest.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    output = finish(start(dataset, run_dir, 1))
+    assert "passed over the checkpoint of step 12" in output
+    np.testing.assert_allclose(list(losses(run_dir).values()), list(unbroken.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=1", "seed is 1 but"),
+        ("optimizer.learning_rate=1e-4", "optimizer is"),
+        ("layout.tp=3", "start a multiple of 3 processes"),
+        ("data.path=nowhere", "nowhere/dataset.json is missing; make the data set with"),
+        ("size=3b", "size '3b' is not one of"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_code_2(dataset, killed, tmp_path, override, expected):
+    run_dir = copy(killed, tmp_path / "run")
+    before = sorted(path.name for path in run_dir.rglob("*"))
+    command = [
+        sys.executable, "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}",
+        f"steps={STEPS}", f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8",
+        "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=2", override,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("goku-mega: error:")]
+    assert result.returncode == 2 and len(lines) == 1 and expected in lines[0], result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in run_dir.rglob("*")) == before
