@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from goku_mega.config import CorpusConfig
+from goku_mega.data.shape_drawing import distance, draw_ground, extent
 from goku_mega.errors import ConfigError, DataError
 from goku_mega.media.write import write_image, write_video
 from goku_mega.seeding import derive_seed
@@ -38,12 +39,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 MOTIONS = ("still", "left", "right", "up", "down")
 DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-POSITIONS = ("left", "right", "top", "bottom")
+PLACES = {None: "", "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 FPS = 8
 
 VARIED_SIZES = ((64, 96), (96, 64), (48, 80), (80, 48), (80, 80), (64, 64))
 VARIED_FRAMES = (5, 9, 13)
 MARGIN_PX = 2.0
+BASE_SIDE_PX = 64
+"""Radii and speeds are given for a picture of this shorter side and grow with it."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,20 @@ def write_corpus(config: CorpusConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: sizes the encoder cannot take.
-        DataError: the output folder holds another corpus.
+        DataError: the output folder holds another corpus, or cannot be written.
     """
     _check(config)
     folder = Path(config.output)
     if (folder / "captions.jsonl").exists():
-        if json.loads((folder / "corpus.json").read_text()) != _settings(config):
+        if _settings_of(folder) != _settings(config):
             raise DataError(f"{folder} holds a corpus made with other settings; remove it or give another output")
         logger.info("%s is complete already", folder)
         return {"output": str(folder), "videos": config.videos, "images": config.images}
-    for name in ("videos", "images"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("videos", "images"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot make the folder ({error.strerror}); give another output") from error
     kinds = [("video", n) for n in range(config.videos)] + [("image", n) for n in range(config.images)]
     rows = list(_write_all(config, folder, kinds))
     _write_lines(folder / "prompts.jsonl", prompts(config.level))
@@ -111,15 +117,20 @@ def write_corpus(config: CorpusConfig) -> dict[str, Any]:
 
 def prompts(level: str) -> list[dict[str, Any]]:
     """Prompts for evaluation: every seen and held-out triple, and a fixed draw of scenes with two objects."""
-    scenes: list[tuple[str, Scene]] = []
+    scenes: list[Scene] = []
     if level in ("one", "mixed"):
-        scenes += [("held_out" if is_held_out(item) else "seen", Scene((item,))) for item in all_objects()]
+        scenes += [Scene((item,)) for item in all_objects()]
     if level in ("two", "mixed"):
-        drawn = [draw_scene("two", True, np.random.default_rng(derive_seed("prompts", n))) for n in range(60)]
-        scenes += [("seen", scene) for scene in dict.fromkeys(drawn)]
+        drawn = [_draw_two(True, np.random.default_rng(derive_seed("prompts", n))) for n in range(60)]
+        scenes += dict.fromkeys(drawn)
     return [
-        {"prompt": plain_caption(scene), "level": scene.level, "split": split, "truth": scene.to_json()}
-        for split, scene in scenes
+        {
+            "prompt": plain_caption(scene),
+            "level": scene.level,
+            "split": "held_out" if any(map(is_held_out, scene.objects)) else "seen",
+            "truth": scene.to_json(),
+        }
+        for scene in scenes
     ]
 
 
@@ -129,6 +140,14 @@ def draw_scene(level: str, is_video: bool, rng: np.random.Generator) -> Scene:
         choices = [item for item in all_objects() if not (is_video and is_held_out(item))]
         item = choices[rng.integers(len(choices))]
         return Scene((item if is_video else replace(item, motion="still"),))
+    scene = _draw_two(is_video, rng)
+    while is_video and any(map(is_held_out, scene.objects)):
+        scene = _draw_two(is_video, rng)
+    return scene
+
+
+def _draw_two(is_video: bool, rng: np.random.Generator) -> Scene:
+    """Two objects of different colours side by side or one above the other, held-out triples included."""
     first, second = rng.choice(list(COLORS), 2, replace=False)
     sideways = bool(rng.integers(2))
     places = ("left", "right") if sideways else ("top", "bottom")
@@ -143,24 +162,20 @@ def draw_scene(level: str, is_video: bool, rng: np.random.Generator) -> Scene:
 
 def plain_caption(scene: Scene) -> str:
     """The plainest caption of a video, also the evaluation's prompt."""
-    parts = []
-    for item in scene.objects:
-        motion = "standing still" if item.motion == "still" else f"moving {item.motion}"
-        place = {None: "", "left": " on the left", "right": " on the right", "top": " at the top"}.get(
-            item.position, " at the bottom"
-        )
-        parts.append(f"a {item.color} {item.shape}{place} {motion}")
-    return " and ".join(parts)
+    return " and ".join(_phrase(item, PLACES[item.position], is_video=True) for item in scene.objects)
+
+
+def _phrase(item: ShapeObject, place: str, *, is_video: bool) -> str:
+    motion = "standing still" if item.motion == "still" else f"moving {item.motion}"
+    return " ".join(filter(None, (f"a {item.color} {item.shape}", place, motion if is_video else "")))
 
 
 def caption(scene: Scene, seed: int, *, is_video: bool) -> str:
     """One of several wordings of the truth; an image's does not speak of motion."""
     rng = np.random.default_rng(seed)
     if len(scene.objects) == 2:
-        text = plain_caption(scene)
-        if not is_video:
-            text = text.replace(" standing still", "")
-        return text if rng.random() < 0.7 else f"{text}, on a textured ground"
+        wordings = _wordings_two(scene, is_video)
+        return wordings[rng.integers(len(wordings))]
     item = scene.objects[0]
     thing = f"{item.color} {item.shape}"
     if not is_video:
@@ -179,41 +194,34 @@ def caption(scene: Scene, seed: int, *, is_video: bool) -> str:
     return wordings[0] if rng.random() < 1 / 3 else wordings[1 + int(rng.integers(len(wordings) - 1))]
 
 
+def _wordings_two(scene: Scene, is_video: bool) -> list[str]:
+    """Places in the picture, or of one object from the other's; the first object is the left or upper one."""
+    placed = " and ".join(_phrase(item, PLACES[item.position], is_video=is_video) for item in scene.objects)
+    first, second = (_phrase(item, "", is_video=is_video) for item in scene.objects)
+    before, after = ("left of", "right of") if scene.objects[0].position == "left" else ("above", "below")
+    return [
+        placed, f"{placed}, on a textured ground", f"two objects: {placed}",
+        f"{first}, {before} {second}", f"{second}, {after} {first}",
+    ]  # fmt: skip
+
+
 def render_clip(scene: Scene, *, seed: int, frames: int, height: int, width: int) -> Frames:
     """Draw a scene: [frames, height, width, 3]. Size, place, speed and ground follow the seed."""
     rng = np.random.default_rng(seed)
-    ground = _ground(rng, height, width, textured=len(scene.objects) == 2)  # [height, width, 3]
+    ground = draw_ground(rng, height, width, textured=len(scene.objects) == 2)  # [height, width, 3]
     clip = np.repeat(ground[None], frames, axis=0)
     y, x = np.mgrid[0:height, 0:width] + 0.5
+    scale = min(height, width) / BASE_SIDE_PX
     for item in scene.objects:
         room = _room(item.position, height, width)
-        radius = rng.uniform(*((8.5, 12.5) if len(scene.objects) == 1 else (7.0, 9.0))) * min(height, width) / 64
-        track = _track(item, radius, frames, room, rng)  # [frames, 2]
+        radius = rng.uniform(*((8.5, 12.5) if len(scene.objects) == 1 else (7.0, 9.0))) * scale
+        speed = rng.uniform(2.0, 3.4) * scale
+        track = _track(item, radius, speed, frames, room, rng)  # [frames, 2]
         color = np.clip(np.array(COLORS[item.color]) + rng.uniform(-10, 10, 3), 0, 255)
         for frame, (cx, cy) in zip(clip, track, strict=True):
-            cover = np.clip(0.5 - _distance(item.shape, x - cx, y - cy, radius), 0, 1)[..., None]
+            cover = np.clip(0.5 - distance(item.shape, x - cx, y - cy, radius), 0, 1)[..., None]
             frame += cover * (color - frame)
     return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
-
-
-def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
-    """Signed distance to the outline, px, below 0 inside. The three shapes have about the same area."""
-    if shape == "circle":
-        return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.886 * radius
-    inner = 0.74 * radius  # an equilateral triangle that points up, around its centroid
-    slope = np.sqrt(3) / 2
-    return np.maximum.reduce([y - inner, slope * x - 0.5 * y - inner, -slope * x - 0.5 * y - inner])
-
-
-def _extent(shape: str, radius: float) -> tuple[float, float, float]:
-    """How far a shape reaches from its centre: sideways, up and down, px."""
-    if shape == "triangle":
-        inner = 0.74 * radius
-        return inner * np.sqrt(3), 2 * inner, inner
-    reach = radius if shape == "circle" else 0.886 * radius
-    return reach, reach, reach
 
 
 def _room(position: str | None, height: int, width: int) -> tuple[float, float, float, float]:
@@ -231,38 +239,28 @@ def _room(position: str | None, height: int, width: int) -> tuple[float, float, 
 
 
 def _track(
-    item: ShapeObject, radius: float, frames: int, room: tuple[float, float, float, float], rng: np.random.Generator
+    item: ShapeObject,
+    radius: float,
+    speed: float,
+    frames: int,
+    room: tuple[float, float, float, float],
+    rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """The centre (x, y) in every frame, so that the object never leaves its room: [frames, 2]."""
-    side, up, down = _extent(item.shape, radius)
+    """The centre (x, y) in every frame, so that the object never leaves its room: [frames, 2].
+
+    Args:
+        speed: px a frame; less where the room is too short for it.
+    """
+    side, up, down = extent(item.shape, radius)
     low = np.array([room[0] + side, room[2] + up])
     high = np.maximum(low, np.array([room[1] - side, room[3] - down]))
     direction = np.array(DIRECTIONS[item.motion], dtype=float)
     space = float(np.abs(direction) @ (high - low))
     steps = max(1, frames - 1)
-    speed = min(rng.uniform(2.0, 3.4), space / steps)
-    travel = direction * speed * steps
+    travel = direction * min(speed * steps, space)
     first = low + np.maximum(0, -travel)
     start = rng.uniform(first, np.maximum(high - np.maximum(0, travel), first))
     return start + np.linspace(0, 1, frames)[:, None] * (travel if frames > 1 else 0)
-
-
-def _ground(rng: np.random.Generator, height: int, width: int, *, textured: bool) -> NDArray[np.float64]:
-    """A muted ground [height, width, 3]: plain, or with a gradient, stripes, checks or grain."""
-    tint = rng.uniform(-8, 8, 3)
-    ground = np.full((height, width, 3), rng.uniform(45, 210)) + tint
-    if textured:
-        y, x = np.mgrid[0:height, 0:width]
-        period = int(rng.integers(8, 17))
-        kind = int(rng.integers(4))
-        pattern = [
-            (x / width + y / height) - 1,
-            np.sign(np.sin(2 * np.pi * (x + y * rng.integers(2)) / period)),
-            np.sign(np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period)),
-            rng.standard_normal((height, width)) / 2,
-        ][kind]
-        ground += rng.uniform(8, 18) * pattern[..., None]
-    return np.clip(ground, 0, 255)
 
 
 def _write_all(config: CorpusConfig, folder: Path, kinds: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
@@ -309,6 +307,13 @@ def _check(config: CorpusConfig) -> None:
 
 def _settings(config: CorpusConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in ("output", "workers")}
+
+
+def _settings_of(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "corpus.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}/corpus.json cannot be read ({error}); remove the folder or give another") from error
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

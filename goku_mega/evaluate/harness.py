@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from goku_mega.sample.sampler import Drawing, Pipeline, Prompt
+from goku_mega.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +90,14 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def spread(things: Sequence[Thing], count: int) -> list[Thing]:
-    """`count` of the things, evenly over their order; all of them for 0."""
+    """`count` of the things, one from each of as many equal parts of their order; all of them for 0.
+
+    Which one of a part is drawn: equal strides would resonate with lists that count through colours and motions.
+    """
     if not count or count >= len(things):
         return list(things)
-    return [things[(2 * number + 1) * len(things) // (2 * count)] for number in range(count)]
+    edges = [number * len(things) // count for number in range(count + 1)]
+    return [things[start + derive_seed("spread", start, end) % (end - start)] for start, end in pairwise(edges)]
 
 
 def _margin(rate: float, n: int) -> float:

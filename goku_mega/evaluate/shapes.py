@@ -43,7 +43,7 @@ class Question(NamedTuple):
 
     prompt: str
     split: str
-    """seen or held_out; of scenes with two objects, seen_two."""
+    """seen or held_out; of scenes with two objects, seen_two or held_out_two."""
     scene: Scene
 
 

@@ -27,7 +27,7 @@ def decode_image(path: Path) -> Frames:
 
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))[None]
+            return np.array(picture.convert("RGB"))[None]
     except (OSError, SyntaxError) as error:
         raise MediaError(f"{path}: cannot decode the image ({_reason(error, path)})") from error
 
@@ -36,27 +36,33 @@ def decode_video(path: Path, *, max_frames: int | None = None) -> Frames:
     """The first `max_frames` frames (all without it), [frames, height, width, 3].
 
     Raises:
-        MediaError: as `decode_media`; also for a file cut short: it states more frames than it holds.
+        MediaError: as `decode_media`; also for a file with damaged pictures, and for one cut short:
+            it states more frames than it holds.
     """
     import av
 
     frames: list[Frames] = []
+    hidden = 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             stream = container.streams.video[0]
             stated = stream.frames
-            for frame in container.decode(stream):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == max_frames:
+            for packet in container.demux(stream):
+                hidden += packet.is_discard  # by an edit list: before the point where the clip was cut out
+                for frame in packet.decode():
+                    if frame.is_corrupt:  # FFmpeg guesses what it cannot decode
+                        raise MediaError(f"{path}: frame {len(frames)} of the video is damaged")
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                if max_frames and len(frames) >= max_frames:
                     break
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot decode the video ({_reason(error, path)})") from error
-    wanted = min(stated, max_frames) if max_frames else stated
-    if not frames or len(frames) < wanted:
-        raise MediaError(f"{path}: the video is cut short: {len(frames)} of {stated} frames can be decoded")
-    return np.stack(frames)
+    shown = stated - hidden
+    if not frames or len(frames) < min(shown, max_frames or shown):
+        raise MediaError(f"{path}: the video is cut short: {len(frames)} of {shown} frames can be decoded")
+    return np.stack(frames[:max_frames])
 
 
 def _reason(error: BaseException, path: Path) -> str:

@@ -25,13 +25,20 @@ def write_video(path: Path, frames: Frames, fps: int, *, crf: int = 10) -> None:
     Args:
         frames: [frames, height, width, 3]; height and width even.
         crf: x264's quality, lower is better.
+
+    Raises:
+        MediaError: an odd height or width, which yuv420p cannot hold.
     """
     import av
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise MediaError(f"{path}: mp4 needs an even height and width, not {height}x{width}; write .gif or .png")
 
     def write(temporary: Path) -> None:
         with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps))
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"crf": str(crf), "g": "48", "threads": "1", "flags": "+bitexact"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -109,7 +116,7 @@ def _wrap(caption: str, length: Callable[[str], float], limit: float) -> str:
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
-        if length(longer) <= limit:
+        if not lines[-1] or length(longer) <= limit:
             lines[-1] = longer
         else:
             lines.append(word)

@@ -7,6 +7,7 @@ of (seed, step), and the run's state is saved as it goes, so a killed run ends w
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ EMA_DECAY = 0.995
 MAX_GRAD_NORM = 1.0
 EDGE_WEIGHT = 0.5
 FINAL_RATE_FRACTION = 0.02
-STATISTICS_CLIPS = 64
+STATISTICS_CLIPS = 256
 
 
 class Stage(NamedTuple):
@@ -215,9 +216,9 @@ def _export(vae: Any, clips: list[np.ndarray[Any, np.dtype[np.uint8]]], output: 
     """Write the weights with the statistics that bring each latent channel to mean 0 and deviation 1."""
     from diffusers import AutoencoderKLCogVideoX
 
-    chosen = [clip for clip in clips if clip.shape[1:3] == clips[0].shape[1:3]][:STATISTICS_CLIPS]
-    shortest = min(len(clip) for clip in chosen)
-    x = torch.from_numpy(np.stack([clip[:shortest] for clip in chosen])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    usual = Counter(clip.shape for clip in clips).most_common(1)[0][0]
+    chosen = [clip for clip in clips if clip.shape == usual][:STATISTICS_CLIPS]
+    x = torch.from_numpy(np.stack(chosen)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     # Private entries name the settings that were left at their defaults, and would put them back.
