@@ -1,4 +1,7 @@
-"""Whether the model hub answers, and what to say when a model cannot be loaded. Knows nothing of models: `encoders.vae` and `encoders.text` load them."""
+"""Whether the model hub answers, and what to say when a model cannot be loaded.
+
+Knows nothing of models: `encoders.vae` and `encoders.text` load them.
+"""
 
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ MAX_TEXT_TOKENS = 512
 class TextEncoder:
     """A frozen T5 encoder with its tokenizer."""
 
-    def __init__(self, tokenizer: object, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, tokenizer: Any, model: Any, device: torch.device) -> None:
         self.tokenizer = tokenizer
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
@@ -38,9 +39,7 @@ class TextEncoder:
         known: dict[str, Tensor] = {}
         for caption in captions:
             if caption not in known:
-                tokens = self.tokenizer(  # type: ignore[operator]
-                    caption, return_tensors="pt", truncation=True, max_length=MAX_TEXT_TOKENS
-                )
+                tokens = self.tokenizer(caption, return_tensors="pt", truncation=True, max_length=MAX_TEXT_TOKENS)
                 hidden = self.model(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state
                 known[caption] = hidden[0].float().cpu()
         return [known[caption] for caption in captions]
@@ -66,7 +65,9 @@ def load_text_encoder(name_or_path: str, device: torch.device | None = None) -> 
         ) from error
     if tokenizer.convert_tokens_to_ids("\u2581a") == tokenizer.unk_token_id:
         # transformers 5 makes an empty vocabulary, in silence, where it finds no file of one.
-        raise ConfigError(f"text encoder {name_or_path!r} has no vocabulary: put T5's spiece.model beside its config.json")
+        raise ConfigError(
+            f"text encoder {name_or_path!r} has no vocabulary: put T5's spiece.model beside its config.json"
+        )
     return TextEncoder(tokenizer, model, device or torch.device("cpu"))
 
 

@@ -7,11 +7,12 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from goku_mega.encoders.hub import is_out_of_reach, reason
 from goku_mega.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ Frames = NDArray[np.uint8]
 class VideoVae:
     """A frozen VAE. The latent is the posterior's mean, each channel brought to about mean 0 and deviation 1."""
 
-    def __init__(self, vae: nn.Module, device: torch.device) -> None:
+    def __init__(self, vae: Any, device: torch.device) -> None:
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.device = device
         config = vae.config
@@ -60,7 +61,9 @@ class VideoVae:
         latent_shape(frames, height, width)
         self._tile(height, width)
         size = _group_size(frames, height, width)
-        return torch.cat([self._encode_group(clips[start : start + size], size) for start in range(0, len(clips), size)])
+        return torch.cat(
+            [self._encode_group(clips[start : start + size], size) for start in range(0, len(clips), size)]
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Frames:
@@ -113,7 +116,9 @@ def load_vae(name_or_path: str, device: torch.device | None = None) -> VideoVae:
         except (OSError, ValueError, RuntimeError) as error:
             failure = error
     why = reason(name_or_path, failure, local=local)
-    raise ConfigError(f"vae {name_or_path!r} cannot be loaded ({why}); give `tiny`, a folder or a hub name") from failure
+    raise ConfigError(
+        f"vae {name_or_path!r} cannot be loaded ({why}); give `tiny`, a folder or a hub name"
+    ) from failure
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:

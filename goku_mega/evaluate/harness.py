@@ -67,7 +67,7 @@ def rates(judged: Sequence[Judged]) -> Rates:
 def format_table(models: dict[str, Rates], chance: dict[str, float]) -> str:
     """Models and splits down, tasks across; each rate with its 95% margin, and what guessing would reach."""
     tasks = list(dict.fromkeys(task for splits in models.values() for row in splits.values() for task in row))
-    tasks.remove("n")
+    tasks = [task for task in tasks if task not in ("all", "n")] + ["all"]
     rows = [["model", "prompts", "n", *tasks]]
     for model, splits in models.items():
         for split, row in splits.items():

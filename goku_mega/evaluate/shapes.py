@@ -106,7 +106,7 @@ def draws(questions: list[Question], config: EvaluateConfig, grid: tuple[int, in
     Args:
         grid: (t, h, w) of the latents to draw.
     """
-    splits = dict.fromkeys(question.split for question in questions)
+    splits = sorted({question.split for question in questions}, key=lambda split: (_is_two(split), "held_out" in split))
     chosen = [
         question
         for split in splits
@@ -126,7 +126,7 @@ def judge(scene: Scene, frames: Frames) -> Scores:
 
 def chance(found: Rates) -> dict[str, float]:
     """What guessing reaches in the tasks that prompts of one object were marked for."""
-    tasks = next((row for split, row in found.items() if not split.endswith("_two")), {})
+    tasks = next((row for split, row in found.items() if not _is_two(split)), {})
     guesses = {task: rate for task, rate in GUESS.items() if task in tasks}
     return {**guesses, "all": math.prod(guesses.values())} if guesses else {}
 
@@ -146,6 +146,10 @@ def sheet(judged: list[Judged]) -> Frames:
 def _question(row: dict[str, Any]) -> Question:
     scene = Scene.from_json(row["truth"])
     return Question(row["prompt"], row["split"] if scene.level == "one" else f"{row['split']}_two", scene)
+
+
+def _is_two(split: str) -> bool:
+    return split.endswith("_two")
 
 
 def _marks(one: Judged) -> dict[str, Any]:

@@ -128,10 +128,12 @@ def train(run: FlowRun) -> dict[str, Any]:
         )
         clock = StepClock(peak_flops_of_job(device, computed, layout.world_size))
         trainer.beat(start_step, "data")
+        checkpoint_s = 0.0
         for batch in loader:
             result = trainer.step(batch)
-            checkpoint_s = save_if_due(trainer, run, batch.step + 1, info)
+            # The row comes first: a checkpoint whose steps are not all in the metrics would lose them at a kill.
             metrics.record(clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=checkpoint_s))
+            checkpoint_s = save_if_due(trainer, run, batch.step + 1, info)
             trainer.beat(batch.step + 1, "data")
     return {"run_dir": run.run_dir, "step": run.steps, "resumed_from": start_step, "loss": result.loss}
 

@@ -60,9 +60,7 @@ def test_a_word_is_found_again_in_sentences_it_was_not_fitted_on(text):
         return text.encode([f"a {color} {shape} moving {motion}"])[0][1]
 
     motions = MOTIONS[1:]
-    means = {
-        color: torch.stack([token(color, "circle", motion) for motion in motions]).mean(0) for color in COLORS
-    }
+    means = {color: torch.stack([token(color, "circle", motion) for motion in motions]).mean(0) for color in COLORS}
     for color, shape, motion in itertools.product(COLORS, ("square", "triangle"), motions):
         found = token(color, shape, motion)
         nearest = min(means, key=lambda name: float((means[name] - found).norm()))

@@ -125,7 +125,7 @@ def test_the_table_shows_every_rate_with_a_margin():
     one, both = {"shape": 1.0, "all": 0.5, "n": 100}, {"shape": 0.25, "count": 0.0, "all": 0.0, "n": 4}
     table = format_table({"trained": {"seen": one, "seen_two": both}}, {"shape": 1 / 3})
     header, _, seen, two, guess = table.splitlines()
-    assert header.split() == ["model", "prompts", "n", "shape", "all", "count"]
+    assert header.split() == ["model", "prompts", "n", "shape", "count", "all"]
     assert seen.split() == ["trained", "seen", "100", "1.00", "±0.02", "0.50", "±0.10"]
     assert two.split()[:4] == ["trained", "seen_two", "4", "0.25"] and "0.00 ±0.24" in two
     assert guess.split() == ["chance", "0.33"]
