@@ -178,6 +178,8 @@ class VaeRun:
     warmup_steps: int = 50
     kl_weight: float = 2e-4
     """Weight of the mean KL divergence of a latent number from N(0, 1)."""
+    latent_noise: float = 0.0
+    """Noise on the latents the decoder learns from, as a share of each channel's deviation in the batch."""
     block_channels: tuple[int, ...] = (16, 32, 48, 64)
     """Channels at strides 1, 2, 4 and 8."""
     latent_channels: int = 16
@@ -189,7 +191,7 @@ class VaeRun:
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "steps", "batch_samples", "latent_channels", "threads", "resume_every_steps")
-        _require_at_least(0, self, "warmup_steps", "kl_weight")
+        _require_at_least(0, self, "warmup_steps", "kl_weight", "latent_noise")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be above 0")
         _require(
             len(self.block_channels) == 4 and min(self.block_channels) >= 1,

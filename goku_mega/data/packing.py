@@ -88,16 +88,17 @@ def pack_training(
     """
     ordered = sorted(samples, key=lambda sample: (*sample.latent.shape, len(sample.text), sample.key))
     x_t, targets, times, texts, positions = [], [], [], [], []
+    places = {grid: token_positions(grid, shape.patch) for grid in {_latent_shape(sample.latent) for sample in ordered}}
     for sample in ordered:
         x_1 = sample.latent.to(dtype)
         generator = torch.Generator().manual_seed(derive_seed(seed, "noise", step, sample.key))
         # Drawn in fp32 whatever the dtype, so that fp64 runs see the same noise.
         x_0 = torch.randn(x_1.shape, generator=generator).to(dtype)
         grid = _latent_shape(x_1)
-        t = draw_time(flow, seed=derive_seed(seed, "time", step, sample.key), tokens=token_count(grid, shape.patch))
+        t = draw_time(flow, seed=derive_seed(seed, "time", step, sample.key), tokens=len(places[grid]))
         x_t.append(patchify(interpolate(x_1, x_0, torch.tensor(t, dtype=dtype)), shape.patch))
         targets.append(patchify(velocity(x_1, x_0), shape.patch))
-        positions.append(token_positions(grid, shape.patch))
+        positions.append(places[grid])
         times.append(t)
         dropped = derive_seed(seed, "caption", step, sample.key) / 2**63 < caption_dropout
         texts.append(null_text if dropped else sample.text)

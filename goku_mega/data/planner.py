@@ -54,11 +54,11 @@ class Planner:
         """The plan of a step.
 
         Raises:
-            DataError: one sample is longer than `max_tokens_per_rank`.
+            DataError: one sample, of this step or another, is longer than `max_tokens_per_rank`.
         """
         epoch, number = divmod(step, self.batches_per_epoch)
         batch = self._batches(epoch)[number]
-        longest = int(batch[np.argmax(self.tokens[batch])])
+        longest = int(np.argmax(self.tokens))  # of all samples: a run learns of it at its first step
         if self.tokens[longest] > max_tokens_per_rank:
             name = self.keys[longest] if self.keys else f"number {longest}"
             raise DataError(
@@ -79,8 +79,10 @@ class Planner:
             costs = self.costs[order]
             middles = np.cumsum(costs) - costs / 2
             share = np.floor(middles / costs.sum() * self.batches_per_epoch).astype(np.int64)
-            cuts = np.searchsorted(share, np.arange(1, self.batches_per_epoch))
-            self._epoch = (epoch, np.split(order, cuts))
+            before = np.arange(1, self.batches_per_epoch)
+            # A middle on the edge of two shares can round to the wrong one and leave a batch empty.
+            spare = np.maximum.accumulate(np.searchsorted(share, before) - before)
+            self._epoch = (epoch, np.split(order, before + spare.clip(0, len(order) - self.batches_per_epoch)))
         return self._epoch[1]
 
     def _distribute(self, batch: Ints, dp_ranks: int, cap: int) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -7,10 +7,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from goku_mega.plan.flops import training_flops
 INDEX = "index.parquet"
 DATASET = "dataset.json"
 NULL_TEXT = "null_text.npy"
+
+TEMPORARY = ".tmp"
+"""How the name of a file ends that is not whole yet."""
+MAX_OPEN_SHARDS = 256
+"""Fewer than the open files that systems allow a process by default."""
 
 
 class Sample(NamedTuple):
@@ -94,15 +100,19 @@ def load_index(path: Path) -> Index:
     """Open a data set written by `goku-mega encode`.
 
     Raises:
-        DataError: there is none, or it is not finished.
+        DataError: there is none, it is not finished, or its index is damaged.
     """
     import pyarrow.parquet as parquet
 
     for name in (DATASET, INDEX, NULL_TEXT):
         if not (path / name).exists():
-            raise DataError(f"{path / name} is missing; make the data set with `goku-mega encode --output {path}`")
-    table = parquet.read_table(path / INDEX).to_pylist()
-    return Index(path, json.loads((path / DATASET).read_text()), tuple(IndexRow(**row) for row in table))
+            command = f"goku-mega encode --corpus FOLDER --output {path}"
+            raise DataError(f"{path / name} is missing; make the data set with `{command}`")
+    try:
+        table = parquet.read_table(path / INDEX).to_pylist()
+        return Index(path, json.loads((path / DATASET).read_text()), tuple(IndexRow(**row) for row in table))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} has a damaged {INDEX} or {DATASET} ({error}); remove it and encode again") from error
 
 
 def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
@@ -110,13 +120,33 @@ def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    parquet.write_table(arrow.Table.from_pylist([row._asdict() for row in rows]), temporary)
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist([row._asdict() for row in rows]), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears with all its bytes, by a rename."""
+    with _appearing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file under a name of this process's own until all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class ShardReader:
-    """Reads samples at their offsets; keeps one open file a shard."""
+    """Reads samples at their offsets; keeps the shards it reads from open. For one thread."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -141,6 +171,8 @@ class ShardReader:
         path = self.index.path / shard
         try:
             if shard not in self._files:
+                if len(self._files) == MAX_OPEN_SHARDS:
+                    os.close(self._files.pop(next(iter(self._files))))
                 self._files[shard] = os.open(path, os.O_RDONLY)
             data = os.pread(self._files[shard], size, offset)
             return torch.from_numpy(np.load(io.BytesIO(data)).astype(np.float32))
@@ -155,27 +187,23 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> list[IndexRow]:
     """
     rows: list[IndexRow] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                latent_at, latent_bytes = _add(tar, f"{sample.key}.latent.npy", _npy(sample.latent))
-                text_at, text_bytes = _add(tar, f"{sample.key}.text.npy", _npy(sample.text))
-                _add(tar, f"{sample.key}.json", json.dumps(sample.about, sort_keys=True).encode())
-                channels, t, h, w = sample.latent.shape
-                rows.append(
-                    IndexRow(
-                        sample.key, f"{path.parent.name}/{path.name}", latent_at, latent_bytes, text_at, text_bytes,
-                        channels, t, h, w, len(sample.text), sample.about["caption"],
-                    )
-                )  # fmt: skip
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _appearing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            latent_at, latent_bytes = _add(tar, f"{sample.key}.latent.npy", npy(sample.latent))
+            text_at, text_bytes = _add(tar, f"{sample.key}.text.npy", npy(sample.text))
+            _add(tar, f"{sample.key}.json", json.dumps(sample.about, sort_keys=True).encode())
+            channels, t, h, w = sample.latent.shape
+            rows.append(
+                IndexRow(
+                    sample.key, f"{path.parent.name}/{path.name}", latent_at, latent_bytes, text_at, text_bytes,
+                    channels, t, h, w, len(sample.text), sample.about["caption"],
+                )
+            )  # fmt: skip
     return rows
 
 
-def _npy(array: NDArray[np.float32]) -> bytes:
+def npy(array: NDArray[np.float32]) -> bytes:
+    """An array as the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array))
     return buffer.getvalue()

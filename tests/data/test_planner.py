@@ -1,5 +1,8 @@
 """The plan: every sample once an epoch, in any layout, batches of equal cost, under the token cap."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,8 +82,23 @@ def test_two_epochs_have_different_orders_and_a_seed_repeats_them():
     assert planner(samples, seed=1).plan(0, dp_ranks=1, max_tokens_per_rank=CAP).batch != batches[0]
 
 
-def test_a_sample_above_the_cap_is_named():
-    plans = Planner([1, 9], [10, 90], seed=0, samples_per_step=2, keys=["short", "long"])
-    with pytest.raises(DataError, match=r"sample long has 90 tokens.*max_tokens_per_rank=50"):
-        for step in range(2):
+@pytest.mark.parametrize("twos", [21, 22, 25, 38, 42, 98])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_batch_is_empty_where_samples_end_exactly_on_the_edges_of_shares(twos, seed):
+    plans = planner([(1, 1), *[(2, 1)] * twos, (1, 1)], seed=seed, samples_per_step=1)
+    assert plans.batches_per_epoch == twos + 1
+    plan = [plans.plan(step, dp_ranks=1, max_tokens_per_rank=CAP).batch for step in range(plans.batches_per_epoch)]
+    assert all(plan)
+    assert sorted(number for batch in plan for number in batch) == list(range(twos + 2))
+
+
+def test_a_sample_above_the_cap_is_named_at_the_first_step():
+    plans = Planner([9, 9, 9, 9], [10, 10, 90, 10], seed=0, samples_per_step=1, keys=["a", "b", "long", "c"])
+    for step in range(4):
+        with pytest.raises(DataError, match=r"sample long has 90 tokens.*max_tokens_per_rank=50"):
             plans.plan(step, dp_ranks=1, max_tokens_per_rank=50)
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, goku_mega.data.planner; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,21 +1,19 @@
-"""Shards are plain WebDataset tars whose arrays are read at the offsets of the index; the loader packs them ahead."""
+"""Shards are plain WebDataset tars whose arrays are read at the offsets of the index."""
 
+import os
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from goku_mega.config import DataConfig, FlowRun
-from goku_mega.data.loader import Loader
+from goku_mega.data import shards
+from goku_mega.data.packing import patchify
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, ShardReader, load_index, write_index, write_shard
 from goku_mega.errors import DataError
 from goku_mega.model.sizes import model_shape
-from goku_mega.parallel.groups import single_process_groups
-
-SHAPE = model_shape("tiny")
+from goku_mega.plan.flops import training_flops
 
 
 def make_samples(count: int) -> list[EncodedSample]:
@@ -40,10 +38,6 @@ def dataset(tmp_path) -> Path:
     np.save(tmp_path / NULL_TEXT, np.ones((1, 64), dtype=np.float32))
     (tmp_path / "dataset.json").write_text('{"latent_channels": 16, "text_width": 64}')
     return tmp_path
-
-
-def make_run(dataset: Path, **data) -> FlowRun:
-    return FlowRun(run_dir="unused", steps=12, data=DataConfig(path=str(dataset), samples_per_step=5, **data))
 
 
 def test_every_sample_is_read_in_any_order(dataset):
@@ -74,32 +68,42 @@ def test_a_data_set_that_is_not_there_or_not_whole_is_refused_with_the_command(d
         reader.read(19)
 
 
-def test_the_loader_gives_the_same_step_however_it_got_there(dataset):
-    groups = single_process_groups()
-    run = make_run(dataset)
-    with Loader(load_index(dataset), run, SHAPE, groups=groups, start_step=0, dtype=torch.float32) as loader:
-        through = list(loader)
-    with Loader(load_index(dataset), run, SHAPE, groups=groups, start_step=7, dtype=torch.float32) as loader:
-        resumed = list(loader)
-    assert [batch.step for batch in through] == list(range(12))
-    assert [batch.step for batch in resumed] == list(range(7, 12))
-    for early, late in zip(through[7:], resumed, strict=True):
-        assert torch.equal(early.micro_batches[0].packed.patches, late.micro_batches[0].packed.patches)
-        assert early.total_tokens == late.total_tokens == early.micro_batches[0].real_tokens
+def test_more_shards_than_may_be_open_are_read_in_any_order(dataset, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
+    reader = ShardReader(load_index(dataset))
+    opened = len(os.listdir("/proc/self/fd"))
+    for number in (0, 15, 3, 19, 0):
+        assert torch.equal(reader.read(number).latent, torch.from_numpy(make_samples(20)[number].latent))
+    assert len(os.listdir("/proc/self/fd")) == opened + 1
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
-def test_an_error_in_the_loaders_thread_reaches_the_trainer(dataset):
-    run = make_run(dataset, max_tokens_per_rank=5)
-    with (
-        pytest.raises(DataError, match="above data.max_tokens_per_rank=5"),
-        Loader(load_index(dataset), run, SHAPE, groups=single_process_groups(), start_step=0, dtype=torch.float32) as it,
-    ):
-        list(it)
+@pytest.mark.parametrize("name", ["index.parquet", "dataset.json"])
+def test_a_damaged_index_is_named(dataset, name):
+    path = dataset / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match="has a damaged index"):
+        load_index(dataset)
 
 
-def test_leaving_the_loader_ends_its_thread(dataset):
-    before = threading.active_count()
-    run = make_run(dataset)
-    with Loader(load_index(dataset), run, SHAPE, groups=single_process_groups(), start_step=0, dtype=torch.float32) as it:
-        next(iter(it))
-    assert threading.active_count() == before
+def test_the_same_samples_are_the_same_bytes_and_a_failed_write_leaves_none(tmp_path):
+    for name in ("a", "b"):
+        rows = write_shard(tmp_path / name / "00000.tar", make_samples(5))
+        write_index(tmp_path / name / "index.parquet", rows)
+
+    def broken():
+        yield from make_samples(3)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path / "c" / "00000.tar", broken())
+    assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_tokens_and_flops_of_the_index_are_those_of_the_samples(dataset):
+    index, shape = load_index(dataset), model_shape("tiny")
+    counts = [len(patchify(torch.from_numpy(sample.latent), shape.patch)) for sample in make_samples(20)]
+    assert index.tokens(shape).tolist() == counts
+    assert index.flops(shape)[7] == training_flops(counts[7], 1 + 7 % 4, shape)

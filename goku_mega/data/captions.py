@@ -1,0 +1,57 @@
+"""What a corpus says of its files: the rows of captions.jsonl, checked. No pixels."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from goku_mega.errors import DataError
+
+Row = dict[str, Any]
+
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+"""Names of samples: WebDataset ends a name at its first dot, and a tar takes 100 characters with the suffix."""
+
+
+def read_captions(corpus: Path) -> list[Row]:
+    """The rows of captions.jsonl by key.
+
+    Raises:
+        DataError: the file is missing, or a row lacks `key`, `file` or `caption`, or its key is used twice.
+    """
+    path = corpus / "captions.jsonl"
+    if not path.exists():
+        raise DataError(f"{path} is missing; write a corpus with `goku-mega corpus shapes --output {corpus}`")
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = _caption_row(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} line {number}: {error}; each line needs key, file and caption") from error
+        if row["key"] in rows:
+            raise DataError(f"{path} line {number}: the key {row['key']} is used twice; give every file its own")
+        rows[row["key"]] = row
+    if not rows:
+        raise DataError(f"{path} is empty; write the corpus again")
+    return [rows[key] for key in sorted(rows)]
+
+
+def _caption_row(content: Any) -> Row:
+    row = {name: content[name] for name in ("key", "file", "caption")}
+    wrong = [name for name, value in row.items() if not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, not a string")
+    if not KEY.fullmatch(row["key"]):
+        raise ValueError(f"the key {row['key']!r} is not 1 to 80 letters, digits, - or _")
+    return row
+
+
+def corpus_key(corpus: Path, rows: list[Row]) -> str:
+    """A short hash of the captions and the files' names and sizes."""
+    digest = hashlib.sha256()
+    for row in rows:
+        path = corpus / row["file"]
+        size = path.stat().st_size if path.exists() else -1
+        digest.update(json.dumps([row["key"], row["file"], row["caption"], size]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,138 @@
+"""The loader: every rank gets its part of the same step, ahead of time, however the run got there."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from goku_mega.config import DataConfig, FlowRun
+from goku_mega.data.loader import Loader, StepBatch
+from goku_mega.data.packing import TrainingBatch
+from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, EncodedSample, load_index, write_index, write_shard
+from goku_mega.errors import DataError
+from goku_mega.model.sizes import model_shape
+from goku_mega.parallel.groups import Groups, single_process_groups
+from goku_mega.parallel.layout import Layout
+
+SHAPE = model_shape("tiny")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Twenty samples of several shapes in two shards."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    samples = [
+        EncodedSample(
+            f"k{number:03d}",
+            rng.standard_normal((16, 1 + number % 3, 4, 6)).astype(np.float32),
+            rng.standard_normal((1 + number % 4, 64)).astype(np.float32),
+            {"caption": f"caption {number}"},
+        )
+        for number in range(20)
+    ]
+    rows = write_shard(folder / "shards" / "00000.tar", samples[:12])
+    rows += write_shard(folder / "shards" / "00001.tar", samples[12:])
+    write_index(folder / INDEX, rows)
+    np.save(folder / NULL_TEXT, np.ones((1, 64), dtype=np.float32))
+    (folder / DATASET).write_text('{"latent_channels": 16, "text_width": 64}')
+    return folder
+
+
+def groups_of(layout: Layout, *, dp_rank: int = 0, cp_rank: int = 0) -> Groups:
+    """What the loader needs to know of a rank; nothing is exchanged, so no process group is made."""
+    return replace(single_process_groups(), layout=layout, dp_rank=dp_rank, cp_rank=cp_rank)
+
+
+def loader(dataset: Path, *, start_step: int = 0, groups: Groups | None = None, **data) -> Loader:
+    run = FlowRun(run_dir="unused", steps=12, data=DataConfig(path=str(dataset), samples_per_step=5, **data))
+    return Loader(
+        load_index(dataset), run, SHAPE, groups=groups or single_process_groups(), start_step=start_step,
+        dtype=torch.float32,
+    )  # fmt: skip
+
+
+def samples_of(packs: list[TrainingBatch]) -> list[bytes]:
+    """The noisy patches of every real sample of the packs."""
+    found = []
+    for pack in packs:
+        lengths = pack.packed.self_segments.q_lengths
+        parts = zip(pack.packed.patches.split(lengths), pack.loss_weight.split(lengths), strict=True)
+        found += [patches.numpy().tobytes() for patches, weight in parts if weight.any()]
+    return found
+
+
+@pytest.mark.parametrize("cap", [18, 24, 1000])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_the_ranks_of_any_number_together_have_the_samples_of_one(dataset, ranks, cap):
+    alone = loader(dataset)
+    of_ranks = [
+        loader(dataset, groups=groups_of(Layout(dp_shard=ranks), dp_rank=rank), max_tokens_per_rank=cap)
+        for rank in range(ranks)
+    ]
+    for step in (0, 5, 11):
+        whole, parts = alone.load(step), [each.load(step) for each in of_ranks]
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        assert {(part.total_tokens, part.samples, part.flops) for part in parts} == {whole[2:]}
+        together = [sample for part in parts for sample in samples_of(part.micro_batches)]
+        assert sorted(together) == sorted(samples_of(whole.micro_batches))
+        assert sum(pack.real_tokens for part in parts for pack in part.micro_batches) == whole.total_tokens
+
+
+def test_context_parallel_ranks_hold_one_pack_between_them(dataset):
+    layout = Layout(tp=2, cp=2)
+    parts = [loader(dataset, groups=groups_of(layout, cp_rank=rank)).load(3).micro_batches[0] for rank in range(2)]
+    whole = loader(dataset).load(3).micro_batches[0]
+    assert all(part.padded_tokens % 4 == 0 and part.real_tokens == whole.real_tokens for part in parts)
+    joined = torch.cat([part.packed.patches for part in parts])
+    assert torch.equal(joined[: whole.real_tokens], whole.packed.patches)
+    assert torch.cat([part.loss_weight for part in parts]).sum() == whole.real_tokens
+
+
+def test_the_loader_gives_the_same_step_however_it_got_there(dataset):
+    with loader(dataset) as steps:
+        through = list(steps)
+    with loader(dataset, start_step=7) as steps:
+        resumed = list(steps)
+    assert [batch.step for batch in through] == list(range(12))
+    assert [batch.step for batch in resumed] == list(range(7, 12))
+    for early, late in zip(through[7:], resumed, strict=True):
+        assert_equal(early, late)
+
+
+def assert_equal(one: StepBatch, other: StepBatch) -> None:
+    assert one.total_tokens == other.total_tokens == one.micro_batches[0].real_tokens
+    for name in ("patches", "timesteps", "text"):
+        assert torch.equal(getattr(one.micro_batches[0].packed, name), getattr(other.micro_batches[0].packed, name))
+    assert torch.equal(one.micro_batches[0].velocity, other.micro_batches[0].velocity)
+
+
+def test_an_epoch_has_every_sample_once(dataset):
+    steps = loader(dataset)
+    assert sum(steps.load(step).samples for step in range(steps.planner.batches_per_epoch)) == 20
+
+
+def test_an_error_in_the_loaders_thread_reaches_the_trainer(dataset):
+    with (
+        pytest.raises(DataError, match="above data.max_tokens_per_rank=5"),
+        loader(dataset, max_tokens_per_rank=5) as it,
+    ):
+        list(it)
+
+
+def test_leaving_the_loader_ends_its_thread(dataset):
+    before = threading.active_count()
+    with loader(dataset, prefetch_steps=1) as steps:
+        next(iter(steps))
+    assert threading.active_count() == before
+
+
+def test_leaving_the_loader_by_an_error_ends_its_thread_too(dataset):
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), loader(dataset) as steps:
+        for _ in steps:
+            1 / 0  # noqa: B018
+    assert threading.active_count() == before
