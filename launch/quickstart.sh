@@ -31,6 +31,7 @@ rank_pid() {
         python -c 'import json, sys; print([r["pid"] for r in json.load(sys.stdin)["ranks"] if r["rank"] == int(sys.argv[1])][0])' "$1"
 }
 
+mkdir -p "$out"
 say "1/6 corpus: moving shapes as H.264 videos and PNG images, with captions"
 goku-mega corpus shapes --output "$out/corpus"
 
@@ -39,14 +40,15 @@ goku-mega encode --corpus "$out/corpus" --output "$out/data"
 
 say "3/6 train on 2 processes; one of them will be killed at half of $steps steps"
 if [[ ! -e "$out/run/killed" ]]; then
-    train 2 &
+    # What a killed rank makes the others say fills pages: it goes to a file, the steps are shown.
+    train 2 2> >(tee "$out/killed.log" | grep --line-buffered -E ' I (step|resumed)' >&2 || true) &
     trainer=$!
     trap 'kill "$trainer" 2>/dev/null || true' EXIT
     while kill -0 "$trainer" 2>/dev/null && (($(steps_done) < steps / 2)); do sleep 1; done
     victim="$(rank_pid 1)"
     goku-ops status "$out/run"
     kill -KILL "$victim"
-    say "killed rank 1 (pid $victim) with SIGKILL"
+    say "killed rank 1 (pid $victim) with SIGKILL; what the other rank said is in $out/killed.log"
     wait "$trainer" && { echo "the run survived the loss of a process?" >&2; exit 1; }
     trap - EXIT
     touch "$out/run/killed"

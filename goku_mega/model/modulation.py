@@ -19,7 +19,7 @@ class _Modulate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         x, scale, sample_index = ctx.saved_tensors
         wide_grad = _wide(grad)
         grad_x = torch.addcmul(wide_grad, wide_grad, scale[sample_index]).to(x.dtype)
@@ -36,7 +36,7 @@ class _GatedAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         update, gate, sample_index = ctx.saved_tensors
         wide_grad = _wide(grad)
         grad_update = (wide_grad * gate[sample_index]).to(update.dtype)

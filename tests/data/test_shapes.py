@@ -1,4 +1,4 @@
-"""The corpus of shapes says what it shows, is a function of its settings alone, and keeps its held-out triples apart."""
+"""The corpus shows what it says, depends on its settings alone, and keeps its held-out triples apart."""
 
 import json
 from dataclasses import replace
