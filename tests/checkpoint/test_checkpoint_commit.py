@@ -73,6 +73,10 @@ def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_checkpoint(t
     assert set(found) == {"first", "second"}
 
 
+SAVE_LIMIT_S = 60
+"""A busy machine takes its time until the first save of a start is committed."""
+
+
 def save_for_ever(rank: int, world: int, folder: Path, log: Path) -> None:
     latest = find_latest(folder)
     start = 0 if latest is None else load_info(latest)["step"]
@@ -88,8 +92,12 @@ def test_a_kill_at_a_random_moment_never_loses_a_committed_checkpoint(tmp_path: 
     choose = random.Random(world)
     folder, log = tmp_path / "checkpoints", tmp_path / "committed"
     for _ in range(8):
+        before = log.read_text() if log.exists() else ""
         ranks = start_ranks(save_for_ever, world, world, folder, log)
-        time.sleep(choose.uniform(0.15, 0.5))
+        deadline = time.monotonic() + SAVE_LIMIT_S
+        while time.monotonic() < deadline and (not log.exists() or log.read_text() == before):
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0, 0.3))
         victim = choose.choice(ranks.processes)
         os.kill(victim.pid or 0, signal.SIGKILL)
         ranks.stop()

@@ -125,7 +125,8 @@ def test_published_weights_are_scaled_by_their_factor(tmp_path):
     samples = clips(2)
     raw = tiny.encode(samples) * tiny.std + tiny.mean
     torch.testing.assert_close(published.encode(samples), 0.7 * raw)
-    assert np.array_equal(published.decode(published.encode(samples)), tiny.decode(tiny.encode(samples)))
+    theirs, ours = published.decode(published.encode(samples)), tiny.decode(tiny.encode(samples))
+    assert np.abs(theirs.astype(int) - ours).max() <= 1  # scaled and back differs in the last bits
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "nobody/no-such-model"])
