@@ -11,13 +11,12 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from goku_mega.data.shards import (
     write_shard,
     write_whole,
 )
+from goku_mega.data.workers import end_with_parent
 from goku_mega.encoders.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, content_key
 from goku_mega.errors import DataError, MediaError
 from goku_mega.media.decode import decode_media
@@ -189,7 +189,7 @@ def _run(tasks: list[_ShardTask], total: int, workers: int) -> None:
     """Make the shards that are not there yet, `workers` at a time."""
     done = total - len(tasks)
     context = get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         futures = [pool.submit(_make_shard, task) for task in tasks]
         try:
             for task, future in _progress(list(zip(tasks, futures, strict=True)), done, total):
@@ -202,18 +202,6 @@ def _run(tasks: list[_ShardTask], total: int, workers: int) -> None:
         finally:
             for future in futures:
                 future.cancel()
-
-
-def _end_with_parent() -> None:
-    """End this worker with the command: a killed command's workers would wait for its next word for ever."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _progress(work: list[Any], done: int, total: int) -> Iterator[Any]:

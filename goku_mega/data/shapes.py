@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from goku_mega.config import CorpusConfig
 from goku_mega.data.shape_drawing import distance, draw_ground, extent
+from goku_mega.data.workers import end_with_parent
 from goku_mega.errors import ConfigError, DataError
 from goku_mega.media.write import write_image, write_video
 from goku_mega.seeding import derive_seed
@@ -214,7 +215,7 @@ def render_clip(scene: Scene, *, seed: int, frames: int, height: int, width: int
     scale = min(height, width) / BASE_SIDE_PX
     for item in scene.objects:
         room = _room(item.position, height, width)
-        radius = rng.uniform(*((8.5, 12.5) if len(scene.objects) == 1 else (7.0, 9.0))) * scale
+        radius = rng.uniform(*((10.0, 16.0) if len(scene.objects) == 1 else (8.0, 10.5))) * scale
         speed = rng.uniform(2.0, 3.4) * scale
         track = _track(item, radius, speed, frames, room, rng)  # [frames, 2]
         color = np.clip(np.array(COLORS[item.color]) + rng.uniform(-10, 10, 3), 0, 255)
@@ -268,7 +269,7 @@ def _write_all(config: CorpusConfig, folder: Path, kinds: list[tuple[str, int]])
     if config.workers == 1:
         yield from map(_write_one, tasks)
         return
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("forkserver"), initializer=end_with_parent) as pool:
         yield from pool.map(_write_one, tasks, chunksize=32)
 
 

@@ -28,7 +28,7 @@ def decode_image(path: Path) -> Frames:
     try:
         with Image.open(path) as picture:
             return np.array(picture.convert("RGB"))[None]
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: cannot decode the image ({_reason(error, path)})") from error
 
 
