@@ -116,9 +116,7 @@ def build_blocks(plain: Stack) -> list[nn.Module]:
     spec, groups = block_spec(cross_attention=True), single_process_groups()
     blocks = []
     for number, theirs in enumerate(plain.blocks):
-        block = build_module(
-            spec, config=megatron_config(SHAPE), layer_number=number + 1, pg_collection=groups.model
-        )
+        block = build_module(spec, config=megatron_config(SHAPE), layer_number=number + 1, pg_collection=groups.model)
         load_published_block(block, theirs.state_dict())
         blocks.append(block)
     return blocks

@@ -96,8 +96,10 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule, clipping, and the moving average of the weights."""
+    """The optimizer, its schedule, clipping, and the moving average of the weights."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the matrices of the blocks, AdamW for everything else."""
     learning_rate: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.95

@@ -177,9 +177,7 @@ class GokuCrossAttention(CrossAttention):
         self.q_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
         self.k_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
 
-    def forward(
-        self, hidden_states: Tensor, text: Tensor, *, segments: Segments, rotary: Rotary
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, text: Tensor, *, segments: Segments, rotary: Rotary) -> Tensor:
         """hidden_states and result as in self-attention; text: [text_tokens, hidden]."""
         query = self.q_norm(self.linear_q(hidden_states)[0])  # [tokens/cp, hidden/tp]
         query = rotate(query.unflatten(-1, (-1, self.hidden_size_per_attention_head)), rotary)

@@ -83,9 +83,7 @@ def check_fits(layout: Layout, shape: ModelShape) -> None:
     if layout.pp > 1:
         raise LayoutError(f"layout.pp={layout.pp}: pipeline stages are not supported yet; set layout.pp=1")
     if shape.heads % layout.tp:
-        raise LayoutError(
-            f"{shape.heads} heads do not divide over tp={layout.tp}; use tp in {_divisors(shape.heads)}"
-        )
+        raise LayoutError(f"{shape.heads} heads do not divide over tp={layout.tp}; use tp in {_divisors(shape.heads)}")
     heads = shape.heads // layout.tp
     if heads % layout.cp:
         raise LayoutError(

@@ -169,4 +169,3 @@ def _shard(parameter: nn.Parameter, tp_dim: int | None, groups: Groups) -> Shard
     return Shard(
         tensor=_local(parameter.detach()), global_shape=tuple(global_shape), offsets=tuple(offsets), owner=first_copy
     )
-

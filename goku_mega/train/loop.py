@@ -30,7 +30,7 @@ from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_
 from goku_mega.plan.flops import peak_flops
 from goku_mega.train.ema import ShardedEMA
 from goku_mega.train.metrics import MetricsLog
-from goku_mega.train.optimizer import ShardedAdamW
+from goku_mega.train.optimizer import ShardedOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,14 @@ class Trainer:
         self.model = model
         self.groups = groups
         self.dtype = dtype
-        self.optimizer = ShardedAdamW(model.shards, run.optimizer, run.steps)
+        self.optimizer = ShardedOptimizer(model, groups, run.optimizer, run.steps)
         self.ema = ShardedEMA(model.shards, run.optimizer.ema_decay)
         self.heartbeat: Heartbeat | None = None
 
     @property
     def state(self) -> State:
         """What a checkpoint holds, as this rank's boxes."""
-        return {
-            "model": self.model.shards,
-            "ema": self.ema.shards,
-            "exp_avg": self.optimizer.moment("exp_avg"),
-            "exp_avg_sq": self.optimizer.moment("exp_avg_sq"),
-        }
+        return {"model": self.model.shards, "ema": self.ema.shards, **self.optimizer.moments()}
 
     def step(self, batch: StepBatch) -> StepResult:
         """One update from this rank's micro-batches."""
@@ -197,8 +192,8 @@ def resume(trainer: Trainer, run: FlowRun, shape: ModelShape) -> int:
     if newest is None:
         return 0
     info = load_info(newest)
-    load_into(newest, trainer.state, model=describe_model(run.size, shape))
     check_same_run(run, info["run"], newest)
+    load_into(newest, trainer.state, model=describe_model(run.size, shape))
     step = int(info["step"])
     trainer.optimizer.resume_at(step)
     logger.info("resumed from %s (saved by %s)", newest, info["layout"])

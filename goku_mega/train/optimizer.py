@@ -1,7 +1,7 @@
-"""AdamW on this rank's shards, its learning-rate schedule, and clipping by the global norm.
+"""The optimizer on this rank's shards, its learning-rate schedule, and clipping by the global norm.
 
-The optimizer sees plain local tensors, so its state has the same boxes as the parameters and saves
-under the same layout-free names.
+It sees plain local tensors, so its state has the same boxes as the parameters and saves under the
+same layout-free names.
 """
 
 import math
@@ -12,19 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from goku_mega.config import OptimizerConfig
+from goku_mega.parallel.groups import Groups
+from goku_mega.parallel.parallelize import ParallelModel
 from goku_mega.parallel.shards import Shard
+from goku_mega.train.muon import ShardedMuon
 
 
-class ShardedAdamW:
-    """torch's fused AdamW over the local tensors of the shards. Vectors are not decayed."""
+class ShardedOptimizer:
+    """torch's fused AdamW over the local tensors of the shards; with `muon`, the blocks' matrices go by Muon.
 
-    def __init__(self, shards: Mapping[str, Shard], config: OptimizerConfig, total_steps: int) -> None:
+    Vectors are not decayed.
+    """
+
+    def __init__(self, model: ParallelModel, groups: Groups, config: OptimizerConfig, total_steps: int) -> None:
         self.config = config
         self.total_steps = total_steps
-        self.shards = shards
-        self.parameters = {name: nn.Parameter(shard.tensor) for name, shard in shards.items()}
-        matrices = [p for name, p in self.parameters.items() if len(shards[name].global_shape) > 1]
-        vectors = [p for name, p in self.parameters.items() if len(shards[name].global_shape) <= 1]
+        self.shards = model.shards
+        by_muon = [
+            name
+            for name, shard in model.shards.items()
+            if config.name == "muon" and name.startswith("blocks.") and len(shard.global_shape) == 2
+        ]
+        self.muon = ShardedMuon(model, groups, by_muon)
+        self.parameters = {
+            name: nn.Parameter(shard.tensor) for name, shard in model.shards.items() if name not in self.muon.shards
+        }
+        matrices = [p for name, p in self.parameters.items() if len(self.shards[name].global_shape) > 1]
+        vectors = [p for name, p in self.parameters.items() if len(self.shards[name].global_shape) <= 1]
         self.adamw = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -40,12 +54,16 @@ class ShardedAdamW:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def moment(self, name: str) -> dict[str, Shard]:
-        """The boxes of a moment, `exp_avg` or `exp_avg_sq`, by parameter name."""
-        return {
-            key: replace(self.shards[key], tensor=self.adamw.state[parameter][name])
-            for key, parameter in self.parameters.items()
-        }
+    def moments(self) -> dict[str, dict[str, Shard]]:
+        """The boxes of `exp_avg` and, of what AdamW updates, `exp_avg_sq`, by parameter name."""
+        exp_avg, exp_avg_sq = (
+            {
+                name: replace(self.shards[name], tensor=self.adamw.state[parameter][moment])
+                for name, parameter in self.parameters.items()
+            }
+            for moment in ("exp_avg", "exp_avg_sq")
+        )
+        return {"exp_avg": exp_avg | self.muon.moments(), "exp_avg_sq": exp_avg_sq}
 
     def resume_at(self, step: int) -> None:
         """Say how many steps the loaded moments have seen."""
@@ -70,6 +88,7 @@ class ShardedAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
+        self.muon.step(gradients, rate, self.config.weight_decay)
         return rate
 
 

@@ -44,7 +44,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def make_run(dataset: Path, layout: LayoutConfig) -> FlowRun:
+def make_run(dataset: Path, layout: LayoutConfig, optimizer: str = "adamw") -> FlowRun:
     return FlowRun(
         run_dir="unused",
         steps=STEPS,
@@ -53,7 +53,7 @@ def make_run(dataset: Path, layout: LayoutConfig) -> FlowRun:
         layout=layout,
         data=DataConfig(path=str(dataset), samples_per_step=9, max_tokens_per_rank=400, prefetch_steps=1),
         # A rate that moves the weights away from their initial zeros within the ten steps.
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, clip_grad_norm=0.5),
+        optimizer=OptimizerConfig(name=optimizer, learning_rate=3e-3, warmup_steps=2, clip_grad_norm=0.5),
     )
 
 
@@ -90,6 +90,15 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name, dataset, one_p
     world_size, layout = LAYOUTS[name]
     for figures in run_ranks(train_ten_steps, world_size, make_run(dataset, layout)):
         np.testing.assert_allclose(np.array(figures), one_process, rtol=1e-9)
+
+
+def test_muon_orthogonalises_whole_matrices_in_every_layout(dataset):
+    """Rows of a matrix are no matrix: an update from this rank's box alone would differ at the second step."""
+    one = np.array(run_ranks(train_ten_steps, 1, make_run(dataset, LayoutConfig(), "muon"))[0])
+    for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2"):
+        world_size, layout = LAYOUTS[name]
+        for figures in run_ranks(train_ten_steps, world_size, make_run(dataset, layout, "muon")):
+            np.testing.assert_allclose(np.array(figures), one, rtol=1e-9, err_msg=name)
 
 
 def test_the_same_layout_gives_the_same_bits(dataset):
