@@ -186,7 +186,7 @@ class VaeRun:
     """Channels at strides 1, 2, 4 and 8."""
     latent_channels: int = 16
     frames: int = 9
-    """Frames of a training clip: 4n + 1."""
+    """Frames of a training clip: 8n + 1, whole groups of diffusers' decoder."""
     threads: int = 1
     resume_every_steps: int = 200
     """Steps between saved states; a killed run goes on from the newest one."""
@@ -199,7 +199,9 @@ class VaeRun:
             len(self.block_channels) == 4 and min(self.block_channels) >= 1,
             f"block_channels is {list(self.block_channels)}; give four widths, for strides 1, 2, 4 and 8",
         )
-        _require_clip_length(self.frames)
+        _require(
+            self.frames >= 1 and self.frames % 8 == 1, f"frames is {self.frames}; use 8n + 1: 1 for images, 9, 17, ..."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

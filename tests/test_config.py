@@ -154,6 +154,7 @@ def test_a_file_that_cannot_be_read_as_a_recipe_is_named(tmp_path, make):
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", frames=8), "frames is 8"),
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", width=72), "width is 72"),
         (lambda: VaeRun(corpus="c", output="o", steps=1, block_channels=(8, 8)), r"block_channels is \[8, 8\]"),
+        (lambda: VaeRun(corpus="c", output="o", steps=1, frames=13), "frames is 13; use 8n"),
         (lambda: CorpusConfig(output="o", workers=0), "workers is 0"),
     ],
 )

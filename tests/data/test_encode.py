@@ -88,7 +88,7 @@ def test_latents_have_the_strides_of_the_vae(corpus, unbroken):
     for number in range(len(index)):
         sample = reader.read(number)
         frames, height, width, _ = decode_media(corpus / files[sample.key]).shape
-        assert sample.latent.shape == (16, (frames - 1) // 4 + 1, height // 8, width // 8)
+        assert sample.latent.shape == (8, (frames - 1) // 4 + 1, height // 8, width // 8)
         assert sample.text.shape[1] == index.text_width
 
 

@@ -69,13 +69,13 @@ def test_latents_have_about_unit_variance(vae):
 
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_the_detector_reads_reconstructions(vae, frames):
-    """The shipped codec was trained on one object; its aim there is 95%, less the chance of forty draws."""
+    """The aim with one object is 95%, less the chance of forty draws."""
     drawn = scenes(40, frames, level="one")
     decoded = vae.decode(vae.encode([clip for _, clip in drawn]))
     right = [
         score(scene, detect(clip), is_video=frames > 1)["all"] for (scene, _), clip in zip(drawn, decoded, strict=True)
     ]
-    assert sum(right) >= 36
+    assert sum(right) >= 38
 
 
 def test_later_frames_do_not_reach_the_first_latent_much(vae):
