@@ -1,11 +1,12 @@
 """Runs the quickstart from nothing and records its figures: `python -m benchmarks.quickstart [--json]`.
 
-Wall time of every stage after the install, peak memory of all its processes together, and the
-scores of the trained model beside the untrained one.
+Wall time of every stage after the install, peak memory of all its processes together, the scores of
+the trained model beside the untrained one, and the sheet of what it drew.
 """
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from benchmarks._measure import arguments, device_name, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
+SHEET = RESULTS.with_name("quickstart_sheet.png")
 LIMIT_MINUTES = 15
 """What the quickstart may take on two cores."""
 STAGE = re.compile(r"^== (\d/\d [\w ]+)")
@@ -32,6 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         stages, seconds, peak = run_quickstart(out, echo=not options.json)
+        RESULTS.parent.mkdir(exist_ok=True)
+        shutil.copyfile(out / "sheet.png", SHEET)
         evaluation = json.loads((out / "evaluation.json").read_text())
         metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     result = {
@@ -47,7 +51,6 @@ def main() -> None:
         "final_loss": metrics[-1]["loss"],
         "device": device_name(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     report(options, [evaluation["table"], f"{seconds / 60:.1f} minutes, {peak / 2**30:.1f} GiB at most"], result)
 
