@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,12 @@ def _warn_passed_over(damaged: list[tuple[Found, str]], chosen: Found, ranks: Ra
         )  # fmt: skip
 
 
+def _enum_member(kind: Any, name: str) -> Enum:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"an attribute {name!r} of {kind!r} does not belong in a checkpoint")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """torch keeps the list of tensors as a pickle; this one builds nothing else, so it runs no foreign code."""
 
@@ -226,6 +233,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module == self.METADATA or (module, name) in self.ALLOWED:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11 before 3.11.4 wrote members of enums
+            return _enum_member
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
 
