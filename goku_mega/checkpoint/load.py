@@ -233,7 +233,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module == self.METADATA or (module, name) in self.ALLOWED:
             return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11 before 3.11.4 wrote members of enums
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 pickles members of enums
             return _enum_member
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_cases import differences, state
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from goku_mega.checkpoint import tools
 from goku_mega.checkpoint.load import find_latest, load_info, load_into, open_checkpoint
@@ -136,13 +137,30 @@ class Harmful:
         return os.system, ("touch harm-was-done",)
 
 
-def test_code_in_the_metadata_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class HarmfulByAttribute:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, str]]:
+        return getattr, (Path, "unlink")
+
+
+@pytest.mark.parametrize("harmful", [Harmful(), HarmfulByAttribute()])
+def test_code_in_the_metadata_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch, harmful: object) -> None:
     monkeypatch.chdir(folder)
-    rewrite(folder / "step_00000020", ".metadata", pickle.dumps(Harmful()))
+    rewrite(folder / "step_00000020", ".metadata", pickle.dumps(harmful))
     path = open_checkpoint(folder / "step_00000020")
     with pytest.raises(CheckpointError, match="not trustworthy"):
         load_into(path, state("rows", step=None))
     assert not (folder / "harm-was-done").exists()
+
+
+def test_metadata_as_python_3_11_2_pickles_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12's Python writes a member of an enum as an attribute of its class."""
+    by_attribute = lambda member, _: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_attribute)
+    save_checkpoint(tmp_path, 7, state("rows", step=7), {}, keep=1)
+    assert b"getattr" in (tmp_path / "step_00000007" / ".metadata").read_bytes()
+    read = state("rows", step=None)
+    load_into(tmp_path / "step_00000007", read)
+    assert not differences(read, step=7)
 
 
 def test_a_newer_format_is_refused(folder: Path) -> None:
