@@ -8,6 +8,7 @@ themselves, and each takes its boxes of the results, so every layout sees the sa
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -61,11 +62,13 @@ class ShardedMuon:
                     if name in self.counted:
                         self.shards[name].take(whole[name]).copy_(gradients[name].lerp(momentum, MOMENTUM))
             self._lay_together(flat)
-            for place, matrix in enumerate(whole.values()):
-                if place % self.ranks == self.rank:
-                    matrix.copy_(orthogonalised(matrix))
-                else:
-                    matrix.zero_()
+            share = bucket[self.rank :: self.ranks]
+            for name in set(bucket).difference(share):
+                whole[name].zero_()
+            for _, names in groupby(share, key=lambda name: whole[name].shape):
+                equal = [whole[name] for name in names]
+                for matrix, update in zip(equal, orthogonalised(torch.stack(equal)), strict=True):
+                    matrix.copy_(update)
             self._lay_together(flat)
             for name, matrix in whole.items():
                 shard = self.shards[name]
@@ -79,26 +82,27 @@ class ShardedMuon:
             dist.all_reduce(flat, group=group)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1, by Newton-Schulz iterations; zeros stay zeros.
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices with their singular values brought near 1, by Newton-Schulz iterations; zeros stay zeros.
 
     Args:
-        matrix: [rows, columns] in fp32 or better.
+        matrices: [matrices, rows, columns] in fp32 or better.
     """
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def _buckets(numbers: Mapping[str, int]) -> list[list[str]]:
     """Names in buckets of at most BUCKET_NUMBERS, or of one; from large to small, so that ranks get even shares."""
     buckets: list[list[str]] = []
     filled = BUCKET_NUMBERS
-    for name in sorted(numbers, key=lambda name: (-numbers[name], name)):
+    for name in sorted(numbers, key=lambda name: (-numbers[name], name.split(".")[2:], name)):
         if filled + numbers[name] > BUCKET_NUMBERS:
             buckets.append([])
             filled = 0
