@@ -22,7 +22,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     from goku_mega.checkpoint.save import save_checkpoint
     from goku_mega.data.encode import TEXT_ENCODER
     from goku_mega.encoders.text import TINY_WIDTH, build_tiny_text_encoder
-    from goku_mega.encoders.vae import content_key
+    from goku_mega.encoders.vae import content_key, load_vae
     from goku_mega.model.sizes import ModelShape
     from goku_mega.parallel.groups import single_process_groups
     from goku_mega.parallel.parallelize import build_model
@@ -31,7 +31,10 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     captions = [f"a {color} {thing} moving {way}" for color in ("red", "blue") for thing in ("circle", "square")
                 for way in ("left", "right")]  # fmt: skip
     build_tiny_text_encoder(captions, data / TEXT_ENCODER, seed=0)
-    shape = ModelShape(layers=2, hidden_size=48, ffn_hidden_size=96, heads=2, text_width=TINY_WIDTH)
+    channels = load_vae("tiny").latent_channels
+    shape = ModelShape(
+        layers=2, hidden_size=48, ffn_hidden_size=96, heads=2, latent_channels=channels, text_width=TINY_WIDTH
+    )
 
     def make(*, shape: ModelShape = shape, shift_base_tokens: int = 0, **dataset: str) -> Path:
         run_dir = tmp_path_factory.mktemp("run")

@@ -50,7 +50,9 @@ def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(
     pipeline = replace(pipeline, shift_base_tokens=shift_base_tokens)
     drawing = Drawing(3, guidance, solver)
     together = pipeline.latents(PROMPTS, drawing)
-    assert [latent.shape for latent in together] == [(16, *prompt.latent_shape) for prompt in PROMPTS]
+    assert [latent.shape for latent in together] == [
+        (pipeline.shape.latent_channels, *prompt.latent_shape) for prompt in PROMPTS
+    ]
     assert same(together, [pipeline.latents([prompt], drawing)[0] for prompt in PROMPTS])
     assert same(together[::-1], pipeline.latents(PROMPTS[::-1], drawing))
 
