@@ -19,6 +19,9 @@ STEPS = 12
 EVERY = 4
 LIMIT_S = 240
 
+# Its state has every part a checkpoint can have: a momentum for Muon's matrices, both moments of AdamW for the rest.
+OPTIMIZER = ("optimizer.name=muon", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=2")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
@@ -44,8 +47,7 @@ def start(dataset: Path, run_dir: Path, ranks: int, *overrides: str) -> subproce
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={STEPS}",
-        f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8", "optimizer.learning_rate=3e-3",
-        "optimizer.warmup_steps=2", *overrides,
+        f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8", *OPTIMIZER, *overrides,
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -140,7 +142,7 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(dataset, killed, tmp_path
     command = [
         sys.executable, "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}",
         f"steps={STEPS}", f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8",
-        "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=2", override,
+        *OPTIMIZER, override,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     lines = [line for line in result.stderr.splitlines() if line.startswith("goku-mega: error:")]
