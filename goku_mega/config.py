@@ -24,11 +24,6 @@ def _require_at_least(smallest: int, config: object, *names: str, section: str =
         _require(value >= smallest, f"{section}{name} is {value}; it must be {smallest} or more")
 
 
-def _require_clip_length(frames: int) -> None:
-    """The codec's strides: one latent frame for the first frame, one for every four after it."""
-    _require(frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
     """Degrees of parallelism asked for; `parallel.layout` fits them to a number of processes."""
@@ -277,7 +272,11 @@ class SampleConfig:
         for name in ("height", "width"):
             value = getattr(self, name)
             _require(value >= 16 and value % 16 == 0, f"{name} is {value}; it must be a multiple of 16")
-        _require_clip_length(self.frames)
+        # The codec's strides: one latent frame for the first frame, one for every four after it.
+        _require(
+            self.frames >= 1 and self.frames % 4 == 1,
+            f"frames is {self.frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

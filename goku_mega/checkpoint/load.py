@@ -209,9 +209,9 @@ def _warn_passed_over(damaged: list[tuple[Found, str]], chosen: Found, ranks: Ra
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"an attribute {name!r} of {kind!r} does not belong in a checkpoint")
-    return kind[name]
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"an attribute {name!r} of {kind!r} does not belong in a checkpoint")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -22,6 +22,7 @@ from goku_mega.config import VaeRun
 from goku_mega.errors import DataError
 from goku_mega.media.decode import decode_media
 from goku_mega.seeding import derive_seed
+from goku_mega.train.metrics import cut_from
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def train_vae(run: VaeRun) -> dict[str, Any]:
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = VaeOptimizer(vae)
     start = _resume(output / "state.pt", vae, average, optimizer)
-    _keep_rows_before(start, output / "metrics.jsonl")
+    cut_from(output / "metrics.jsonl", start)
     began = time.monotonic()
     for step in range(start, run.steps):
         loss, error = train_step(vae, draw_batch(clips, run, step), run, step)
@@ -206,13 +207,6 @@ def _resume(path: Path, vae: Any, average: Any, optimizer: VaeOptimizer) -> int:
     optimizer.load_state_dict(state["optimizer"])
     logger.info("resumed from %s at step %d", path, state["step"])
     return int(state["step"])
-
-
-def _keep_rows_before(step: int, metrics: Path) -> None:
-    """Drop what a killed run reported of steps that are taken again."""
-    if metrics.exists():
-        lines = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
 
 
 def _save_state(path: Path, step: int, vae: Any, average: Any, optimizer: VaeOptimizer) -> None:

@@ -138,11 +138,17 @@ class Harmful:
 
 
 class HarmfulByAttribute:
+    def __init__(self, owner: object, name: str) -> None:
+        self.attribute = owner, name
+
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, str]]:
-        return getattr, (Path, "unlink")
+        return getattr, self.attribute
 
 
-@pytest.mark.parametrize("harmful", [Harmful(), HarmfulByAttribute()])
+@pytest.mark.parametrize(
+    "harmful",
+    [Harmful(), HarmfulByAttribute(Path, "unlink"), HarmfulByAttribute(_MEM_FORMAT_ENCODING, "no_member")],
+)
 def test_code_in_the_metadata_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch, harmful: object) -> None:
     monkeypatch.chdir(folder)
     rewrite(folder / "step_00000020", ".metadata", pickle.dumps(harmful))

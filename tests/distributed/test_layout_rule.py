@@ -92,8 +92,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name, dataset, one_p
         np.testing.assert_allclose(np.array(figures), one_process, rtol=1e-9)
 
 
-def test_muon_orthogonalises_whole_matrices_in_every_layout(dataset):
-    """Rows of a matrix are no matrix: an update from this rank's box alone would differ at the second step."""
+def test_muon_orthogonalises_whole_matrices_where_ranks_hold_parts(dataset):
     one = np.array(run_ranks(train_ten_steps, 1, make_run(dataset, LayoutConfig(), "muon"))[0])
     for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2"):
         world_size, layout = LAYOUTS[name]

@@ -151,6 +151,13 @@ def test_damaged_files_never_end_in_another_error(clip_file: Path, tmp_path: Pat
                 assert damaged.name in str(error)
 
 
+def test_an_image_larger_than_pillow_trusts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.png", counting_clip()[0])
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 32)
+    with pytest.raises(MediaError, match=r"a\.png: cannot decode the image \(Image size"):
+        decode_image(tmp_path / "a.png")
+
+
 def test_a_cut_png_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_image(path, np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
