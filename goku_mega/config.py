@@ -31,21 +31,83 @@ class LayoutConfig:
     tp: int = 1
     """Tensor parallel ranks: each layer's weights are split."""
     cp: int = 1
-    """Context parallel ranks: the tokens of a packed batch are split (Ulysses)."""
+    """Context parallel ranks: the tokens of a packed batch are split."""
+    cp_ring: int = -1
+    """Ring degree inside cp, the rest is Ulysses: 1 is all Ulysses, cp is all ring. -1 takes the smallest ring
+    that the heads allow (28 heads over cp=8: Ulysses 4 x ring 2)."""
     pp: int = 1
     """Pipeline stages."""
+    pp_chunks: int = 1
+    """Model chunks of a stage; above 1 the interleaved schedule runs."""
+    pp_layers: tuple[int, ...] = ()
+    """Layers of each chunk in the model's order, pp x pp_chunks numbers; empty: as even as can be."""
     dp_replicate: int = 1
     """Copies of the sharded model, each on other samples."""
     dp_shard: int = -1
     """FSDP ranks that share one copy; -1 takes what the other degrees leave."""
     sequence_parallel: bool = True
     """Split the tokens between the tensor-parallel layers too (no effect at tp=1)."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory; the update runs there."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "tp", "cp", "pp", "dp_replicate", section="layout.")
+        _require_at_least(1, self, "tp", "cp", "pp", "pp_chunks", "dp_replicate", section="layout.")
+        _require(
+            self.cp_ring == -1 or self.cp_ring >= 1,
+            f"layout.cp_ring is {self.cp_ring}; it must be 1 or more, or -1 for the smallest the heads allow",
+        )
+        _require(
+            not self.pp_layers or (min(self.pp_layers) >= 1 and len(self.pp_layers) == self.pp * self.pp_chunks),
+            f"layout.pp_layers is {list(self.pp_layers)}; give pp x pp_chunks = {self.pp * self.pp_chunks} "
+            "numbers, each 1 or more",
+        )
         _require(
             self.dp_shard == -1 or self.dp_shard >= 1,
             f"layout.dp_shard is {self.dp_shard}; it must be 1 or more, or -1 for all ranks that are left",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    policy: Literal["off", "selective", "full", "auto"] = "off"
+    """selective: keep what matrix products and attention give, compute the rest again; full: keep a block's
+    input only; auto: the cheapest that fits the memory, by the plan."""
+    every: int = 1
+    """Recompute every k-th block."""
+    first: int = -1
+    """Recompute only among the first n blocks; -1: among all."""
+    memory_gb: float = 0.0
+    """Memory of one rank that `auto` may fill, GB (10^9 bytes); 0: the device's."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "every", section="recompute.")
+        _require_at_least(-1, self, "first", section="recompute.")
+        _require_at_least(0, self, "memory_gb", section="recompute.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """The engine of the layers and the precision of their matrix products."""
+
+    engine: Literal["local", "te"] = "local"
+    """local: megatron-core's torch layers; te: TransformerEngine's, on NVIDIA GPUs."""
+    fp8: Literal["off", "delayed", "current", "blockwise", "mxfp8"] = "off"
+    """FP8 recipe of the blocks' matrix products. The local engine has `current` (one scale a tensor, from the
+    tensor itself), by torch's own scaled product."""
+    first_layers_bf16: int = 1
+    """Blocks at the start that stay in bf16 under FP8."""
+    last_layers_bf16: int = 1
+    """Blocks at the end that stay in bf16 under FP8."""
+    fused: Literal["auto", "off"] = "auto"
+    """Triton kernels for the work between the matrix products; auto: on a GPU."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "first_layers_bf16", "last_layers_bf16", section="compute.")
+        _require(
+            self.engine == "te" or self.fp8 in ("off", "current"),
+            f"compute.fp8={self.fp8} needs TransformerEngine; set compute.engine=te, or compute.fp8=current",
         )
 
 
@@ -149,6 +211,10 @@ class FlowRun:
     """CPU threads of a process when there is no GPU."""
     data: DataConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    ignore_plan: bool = False
+    """Train even where `goku-mega plan` says that the layout cannot fit."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

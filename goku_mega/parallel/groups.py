@@ -4,6 +4,7 @@ The model receives the groups as arguments and never asks for them; megatron-cor
 `parallel_state` is not initialised.
 """
 
+import atexit
 import functools
 from dataclasses import dataclass
 
@@ -24,7 +25,11 @@ class Groups:
     layout: Layout
     device: torch.device
     model: ProcessGroupCollection
-    """`tp` and `cp` for the layers, in megatron-core's own container."""
+    """`tp`, `cp` and `pp` for the layers and schedules, in megatron-core's own container."""
+    ulysses: dist.ProcessGroup
+    """The context-parallel ranks that exchange heads for tokens."""
+    ring: dist.ProcessGroup
+    """The context-parallel ranks that pass keys and values on."""
     fsdp_mesh: DeviceMesh
     """(replicate, shard x cp), or (shard x cp) of a single replica. Context-parallel ranks share the
     shard axis, so that their gradients meet."""
@@ -36,6 +41,7 @@ class Groups:
     dp_rank: int
     cp_rank: int
     tp_rank: int
+    pp_rank: int
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -44,6 +50,10 @@ class Groups:
     @property
     def cp(self) -> dist.ProcessGroup:
         return self.model.cp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.model.pp
 
 
 def initialise_distributed(threads_per_rank: int) -> torch.device:
@@ -64,30 +74,46 @@ def initialise_distributed(threads_per_rank: int) -> torch.device:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # A gloo thread that still runs when the interpreter is taken down can abort the process (seen: exit -6).
+        atexit.register(leave_distributed)
     support_megatron_on_host()
     return device
 
 
+def leave_distributed() -> None:
+    """End the process group's threads, while Python can still be called from them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def build_groups(layout: Layout, device: torch.device) -> Groups:
     """The groups of every axis; every rank of the job calls this."""
-    dims = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
-    mesh = init_device_mesh(device.type, dims, mesh_dim_names=("pp", "replicate", "shard", "cp", "tp"))
-    shard_cp = mesh["shard", "cp"]._flatten("shard_cp")
-    data = mesh["replicate", "shard", "cp"]._flatten("data")
+    dims = {
+        "pp": layout.pp, "replicate": layout.dp_replicate, "shard": layout.dp_shard,
+        "ring": layout.ring, "ulysses": layout.ulysses, "tp": layout.tp,
+    }  # fmt: skip
+    mesh = init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+    cp = mesh["ring", "ulysses"]._flatten("cp")
+    shard_cp = mesh["shard", "ring", "ulysses"]._flatten("shard_cp")
+    data = mesh["replicate", "shard", "ring", "ulysses"]._flatten("data")
     groups = ProcessGroupCollection()
     groups.tp = mesh.get_group("tp")
-    groups.cp = mesh.get_group("cp")
+    groups.cp = cp.get_group()
+    groups.pp = mesh.get_group("pp")
     return Groups(
         layout=layout,
         device=device,
         model=groups,
+        ulysses=mesh.get_group("ulysses"),
+        ring=mesh.get_group("ring"),
         fsdp_mesh=mesh["replicate", "shard_cp"] if layout.dp_replicate > 1 else shard_cp,
         shard=shard_cp.get_group(),
         is_first_replica=mesh.get_local_rank("replicate") == 0,
         data=data.get_group(),
         dp_rank=mesh.get_local_rank("replicate") * layout.dp_shard + mesh.get_local_rank("shard"),
-        cp_rank=mesh.get_local_rank("cp"),
+        cp_rank=cp.get_local_rank(),
         tp_rank=mesh.get_local_rank("tp"),
+        pp_rank=mesh.get_local_rank("pp"),
     )
 
 

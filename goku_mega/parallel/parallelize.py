@@ -20,7 +20,6 @@ from goku_mega.model.transformer import GokuTransformer, megatron_config
 from goku_mega.model.weights import initial_value
 from goku_mega.parallel.context import UlyssesAttention
 from goku_mega.parallel.groups import Groups
-from goku_mega.parallel.layout import check_fits
 from goku_mega.parallel.shards import Shard
 
 
@@ -56,12 +55,8 @@ def build_model(
         dtype: type of the stored parameters.
         compute_dtype: type of the matrix products under FSDP; None: `dtype`.
         fsdp: False leaves the parameters whole on every data-parallel rank (sampling).
-
-    Raises:
-        LayoutError: the layout does not fit the shape.
     """
     layout = groups.layout
-    check_fits(layout, shape)
     config = megatron_config(shape, tp=layout.tp, sequence_parallel=layout.sequence_parallel, dtype=dtype)
     spec = block_spec(
         LOCAL,

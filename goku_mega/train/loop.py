@@ -25,7 +25,7 @@ from goku_mega.errors import ConfigError
 from goku_mega.flow.path import velocity_loss
 from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.groups import Groups, build_groups, initialise_distributed
-from goku_mega.parallel.layout import check_fits, resolve
+from goku_mega.parallel.layout import resolve
 from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_norm, sum_partial_gradients
 from goku_mega.plan.flops import peak_flops
 from goku_mega.train.ema import ShardedEMA
@@ -100,10 +100,9 @@ def train(run: FlowRun) -> dict[str, Any]:
         UserError: the recipe, the data, the layout or a checkpoint does not fit.
     """
     device = initialise_distributed(run.threads_per_rank)
-    layout = resolve(run.layout, dist.get_world_size())
     index = load_index(Path(run.data.path))
     shape = model_shape(run.size, latent_channels=index.latent_channels, text_width=index.text_width)
-    check_fits(layout, shape)
+    layout = resolve(run.layout, dist.get_world_size(), shape)
     groups = build_groups(layout, device)
     stored, computed = dtypes(run.precision, device)
     model = build_model(shape, groups, seed=run.seed, dtype=stored, compute_dtype=computed)

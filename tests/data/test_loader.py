@@ -83,7 +83,7 @@ def test_the_ranks_of_any_number_together_have_the_samples_of_one(dataset, ranks
 
 
 def test_context_parallel_ranks_hold_one_pack_between_them(dataset):
-    layout = Layout(tp=2, cp=2)
+    layout = Layout(tp=2, ulysses=2)
     parts = [loader(dataset, groups=groups_of(layout, cp_rank=rank)).load(3).micro_batches[0] for rank in range(2)]
     whole = loader(dataset).load(3).micro_batches[0]
     assert all(part.padded_tokens % 4 == 0 and part.real_tokens == whole.real_tokens for part in parts)

@@ -71,8 +71,8 @@ def train_ten_steps(rank: int, run: FlowRun) -> list[tuple[float, float]]:
     from goku_mega.train.loop import Trainer
 
     device = initialise_distributed(1)
-    groups = build_groups(resolve(run.layout, dist.get_world_size()), device)
     shape = model_shape("tiny")
+    groups = build_groups(resolve(run.layout, dist.get_world_size(), shape), device)
     model = build_model(shape, groups, seed=run.seed, dtype=torch.float64)
     trainer = Trainer(model, groups, run, torch.float64)
     index = load_index(Path(run.data.path))

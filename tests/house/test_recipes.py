@@ -38,11 +38,10 @@ def test_a_recipes_layout_fits_its_model(recipe, processes):
     from goku_mega.config import FlowRun
     from goku_mega.config_load import load
     from goku_mega.model.sizes import model_shape
-    from goku_mega.parallel.layout import check_fits, resolve
+    from goku_mega.parallel.layout import resolve
 
     run = load(FlowRun, file=ROOT / f"launch/recipes/{recipe}.yaml")
-    layout = resolve(run.layout, processes)
-    check_fits(layout, model_shape(run.size))
+    layout = resolve(run.layout, processes, model_shape(run.size))
     assert layout.world_size == processes
 
 
