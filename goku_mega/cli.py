@@ -3,6 +3,8 @@
 Nothing is computed here, and `--help` imports no torch.
 """
 
+import atexit
+import contextlib
 import importlib
 import json
 import logging
@@ -12,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from goku_mega import config as configs
 from goku_mega import environment
@@ -45,6 +47,7 @@ COMMANDS = {
     "checkpoint verify": Command(
         "read every file of a run's checkpoints", "CheckpointFolder", "goku_mega.checkpoint.tools:verify"
     ),
+    "plan": Command("which layouts fit some GPUs, and how fast they are", "PlanConfig", "goku_mega.plan.fit:plan"),
     "doctor": Command("show what this machine has of what goku_mega can use", "NoConfig", "goku_mega.doctor:doctor"),
 }
 TASKS = {
@@ -255,5 +258,19 @@ def _log_format() -> str:
     return f"%(asctime)s{rank} %(levelname).1s %(message)s"
 
 
+def run_and_leave() -> NoReturn:
+    """`goku-mega`: run the command, then end the process without taking the interpreter down.
+
+    A thread of gloo's that drops its last tensor while Python ends aborts the process (exit -6, seen now and
+    then on busy machines), after all work was done and saved.
+    """
+    code = main()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()
