@@ -17,6 +17,8 @@ from goku_mega.flow.path import interpolate, velocity
 from goku_mega.flow.timesteps import draw_time
 from goku_mega.model.packed import PackedBatch, Segments
 from goku_mega.model.sizes import ModelShape
+from goku_mega.parallel.context import context_tokens, deal
+from goku_mega.parallel.layout import Layout
 from goku_mega.seeding import derive_seed
 
 
@@ -76,15 +78,16 @@ def pack_training(
     caption_dropout: float,
     null_text: Tensor,
     shape: ModelShape,
-    token_multiple: int = 1,
+    layout: Layout = Layout(),
     cp_rank: int = 0,
-    cp_size: int = 1,
+    token_multiple: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> TrainingBatch:
     """Noise the samples and pack them; the context-parallel rank's tokens are kept.
 
     Neighbours of equal shape attend in one call, so the samples are packed in the order of their
-    shapes. The pack is filled to `token_multiple` with one sample of weight 0.
+    shapes. The pack is filled with one sample of weight 0, so that the layout splits it into equal slices of a
+    multiple of `token_multiple` tokens.
     """
     ordered = sorted(samples, key=lambda sample: (*sample.latent.shape, len(sample.text), sample.key))
     x_t, targets, times, texts, positions = [], [], [], [], []
@@ -103,7 +106,8 @@ def pack_training(
         dropped = derive_seed(seed, "caption", step, sample.key) / 2**63 < caption_dropout
         texts.append(null_text if dropped else sample.text)
     real = sum(len(patches) for patches in x_t)
-    padding = -real % token_multiple or (token_multiple if real == 0 else 0)
+    multiple = layout.token_multiple * token_multiple
+    padding = -real % multiple or (multiple if real == 0 else 0)
     if padding:
         x_t.append(torch.zeros(padding, shape.patch_dim, dtype=dtype))
         targets.append(torch.zeros(padding, shape.patch_dim, dtype=dtype))
@@ -113,11 +117,15 @@ def pack_training(
     packed = _pack(x_t, positions, times, texts, shape, dtype)
     weight = torch.ones(real + padding, dtype=dtype)
     weight[real:] = 0
-    mine = _rank_slice(real + padding, cp_rank, cp_size)
+    velocities = torch.cat(targets)
+    if layout.cp > 1:
+        lengths = [len(tokens) for tokens in x_t]
+        mine = context_tokens(lengths, cp_rank, ulysses=layout.ulysses, ring=layout.ring)
+        packed, velocities, weight = context_part(packed, mine, layout.ring), velocities[mine], weight[mine]
     return TrainingBatch(
-        packed=context_slice(packed, cp_rank, cp_size),
-        velocity=torch.cat(targets)[mine],
-        loss_weight=weight[mine],
+        packed=packed,
+        velocity=velocities,
+        loss_weight=weight,
         real_tokens=real,
         padded_tokens=real + padding,
     )
@@ -132,20 +140,23 @@ def pack_prompts(
     return _pack(patches, positions, timesteps, texts, shape, latents[0].dtype)
 
 
-def context_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:
-    """The contiguous part of the tokens that a context-parallel rank holds; every sample keeps its place."""
-    if cp_size == 1:
-        return batch
-    mine = _rank_slice(len(batch.patches), cp_rank, cp_size)
-    cross = batch.cross_segments
+def context_part(batch: PackedBatch, tokens: Tensor, ring: int) -> PackedBatch:
+    """The given tokens of a whole pack, with what attention has to know of the others; every sample keeps its place.
+
+    Args:
+        tokens: numbers of the tokens, ascending; `parallel.context.context_tokens` deals them.
+    """
+    assert isinstance(batch.self_segments, Segments)
+    segments, cross = batch.self_segments, batch.cross_segments
     if cross is not None:
-        local = torch.bincount(batch.sample_index[mine], minlength=len(batch.timesteps))
+        local = torch.bincount(batch.sample_index[tokens], minlength=len(batch.timesteps))
         cross = Segments(tuple(local.tolist()), cross.kv_lengths)
     return replace(
         batch,
-        patches=batch.patches[mine],
-        positions=batch.positions[mine],
-        sample_index=batch.sample_index[mine],
+        patches=batch.patches[tokens],
+        positions=batch.positions[tokens],
+        sample_index=batch.sample_index[tokens],
+        self_segments=deal(segments.q_lengths, ring) if ring > 1 else segments,
         cross_segments=cross,
     )
 
@@ -167,11 +178,6 @@ def _pack(
         text=torch.cat(list(texts)).to(dtype) if has_text else None,
         cross_segments=Segments(lengths, text_lengths) if has_text else None,
     )
-
-
-def _rank_slice(tokens: int, cp_rank: int, cp_size: int) -> slice:
-    part = tokens // cp_size
-    return slice(cp_rank * part, (cp_rank + 1) * part)
 
 
 def _latent_shape(latent: Tensor) -> tuple[int, int, int]:

@@ -56,8 +56,16 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class RingSegments:
+    """How the samples of a pack lie in the chunks of a ring; attention joins the chunks' parts of a sample."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """[chunk][sample]: tokens."""
+
+
+@dataclass(frozen=True)
 class PackedBatch:
-    """One packed batch, or the contiguous part of its tokens that one context-parallel rank holds.
+    """One packed batch, or the part of its tokens that one context-parallel rank holds, in the pack's order.
 
     `samples` counts every sample of the pack, on every rank. The last one may be padding that fills
     the pack to a multiple the layout needs; its tokens weigh nothing in the loss.
@@ -67,7 +75,8 @@ class PackedBatch:
     positions: Tensor  # [tokens/cp, 3] int64: (t, h, w) of each token inside its own sample
     sample_index: Tensor  # [tokens/cp] int64: which sample each token belongs to
     timesteps: Tensor  # [samples] float32 in [0, 1]; 0 is noise, 1 is data
-    self_segments: Segments  # lengths of the whole pack's samples, the same on every cp rank
+    # Lengths of the whole pack's samples, the same on every cp rank; by chunks where they are split over a ring.
+    self_segments: Segments | RingSegments
     text: Tensor | None = None  # [text_tokens, text_width] float: the captions, packed likewise
     cross_segments: Segments | None = None  # this rank's tokens of each sample -> that sample's text
     class_labels: Tensor | None = None  # [samples] int64, for the class-conditional pilot

@@ -6,7 +6,10 @@ import torch
 from goku_mega.config import FlowConfig
 from goku_mega.data.packing import pack_prompts, pack_training, patchify, token_positions, unpatchify
 from goku_mega.data.shards import Sample
+from goku_mega.model.packed import Segments
 from goku_mega.model.sizes import model_shape
+from goku_mega.parallel.context import context_tokens, deal
+from goku_mega.parallel.layout import Layout
 
 SHAPE = model_shape("tiny")
 NULL = torch.zeros(1, 64)
@@ -70,19 +73,25 @@ def test_a_step_a_seed_or_a_key_changes_the_noise_and_nothing_else_does():
     assert not torch.equal(pack([samples[0]._replace(key="other")]).velocity, batch.velocity)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4])
-def test_context_parallel_parts_put_together_are_the_whole(parts):
-    samples = make_samples((3, 8, 8), (1, 2, 6), (1, 8, 8))
-    whole = pack(samples, token_multiple=parts)
-    slices = [pack(samples, token_multiple=parts, cp_rank=rank, cp_size=parts) for rank in range(parts)]
-    assert len(whole.packed.patches) % parts == 0
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
+def test_the_parts_of_context_parallel_ranks_put_together_are_the_whole(ulysses, ring):
+    samples = make_samples((3, 8, 8), (1, 2, 6), (1, 8, 8), (1, 2, 2))
+    cp = ulysses * ring
+    whole = pack(samples, token_multiple=cp)
+    parts = [pack(samples, layout=Layout(ulysses=ulysses, ring=ring), cp_rank=rank) for rank in range(cp)]
+    lengths = whole.packed.self_segments.q_lengths
+    tokens = [context_tokens(lengths, rank, ulysses=ulysses, ring=ring) for rank in range(cp)]
+    back = torch.cat(tokens).argsort()
     for name in ("patches", "positions", "sample_index"):
-        joined = torch.cat([getattr(part.packed, name) for part in slices])
+        joined = torch.cat([getattr(part.packed, name) for part in parts])[back]
         assert torch.equal(joined, getattr(whole.packed, name))
-    assert torch.equal(torch.cat([part.loss_weight for part in slices]), whole.loss_weight)
-    local = torch.tensor([part.packed.cross_segments.q_lengths for part in slices])
-    assert tuple(local.sum(0).tolist()) == whole.packed.self_segments.q_lengths
-    assert all(part.packed.self_segments == whole.packed.self_segments for part in slices)
+    for name in ("loss_weight", "velocity"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts])[back], getattr(whole, name))
+    local = torch.tensor([part.packed.cross_segments.q_lengths for part in parts])
+    assert tuple(local.sum(0).tolist()) == lengths
+    assert {part.packed.self_segments for part in parts} == {
+        deal(lengths, ring) if ring > 1 else Segments(lengths, lengths)
+    }
 
 
 def test_padding_weighs_nothing_and_real_tokens_weigh_one():
