@@ -22,7 +22,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ("torch", "torch.distributed", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing")
+PRELOAD = (
+    "torch", "torch.distributed", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing",
+    "goku_mega.train.loop",  # with megatron-core: seconds of every rank's start
+)  # fmt: skip
 
 
 class RankFailed(AssertionError):

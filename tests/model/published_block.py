@@ -37,8 +37,9 @@ class PlainAttention(nn.Module):
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2)
+    wide = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    turned = torch.view_as_complex(wide) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class PlainModulation(nn.Module):
