@@ -82,14 +82,17 @@ class Loader:
     def load(self, step: int) -> StepBatch:
         """Read and pack this rank's samples of a step."""
         run, layout = self.run, self.groups.layout
-        plan = self.planner.plan(step, dp_ranks=layout.dp, max_tokens_per_rank=run.data.max_tokens_per_rank)
+        plan = self.planner.plan(
+            step, dp_ranks=layout.dp, max_tokens_per_rank=run.data.max_tokens_per_rank,
+            micro_batch_multiple=layout.micro_batch_multiple,
+        )  # fmt: skip
         batch = list(plan.batch)
         packs = [
             pack_training(
                 [self.reader.read(number) for number in numbers],
                 seed=run.seed, step=step, flow=run.flow, caption_dropout=run.data.caption_dropout,
-                null_text=self.reader.null_text, shape=self.shape, token_multiple=layout.token_multiple,
-                cp_rank=self.groups.cp_rank, cp_size=layout.cp, dtype=self.dtype,
+                null_text=self.reader.null_text, shape=self.shape, layout=layout,
+                cp_rank=self.groups.cp_rank, token_multiple=run.compute.token_multiple, dtype=self.dtype,
             )
             for numbers in plan.micro_batches[self.groups.dp_rank]
         ]  # fmt: skip

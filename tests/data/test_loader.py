@@ -92,6 +92,18 @@ def test_context_parallel_ranks_hold_one_pack_between_them(dataset):
     assert torch.cat([part.loss_weight for part in parts]).sum() == whole.real_tokens
 
 
+def test_an_interleaved_pipeline_gets_its_micro_batches_in_groups(dataset):
+    """Every stage and every data-parallel rank as many; those without a sample are padding that weighs nothing."""
+    layout = Layout(pp=4, chunks=2, layers=(1,) * 8, dp_shard=2)
+    parts = [loader(dataset, groups=groups_of(layout, dp_rank=rank)).load(3) for rank in range(2)]
+    assert [len(part.micro_batches) for part in parts] == [4, 4]
+    packs = [pack for part in parts for pack in part.micro_batches]
+    empty = [pack for pack in packs if pack.real_tokens == 0]
+    assert empty and all(not pack.loss_weight.any() for pack in empty)
+    whole = loader(dataset).load(3)
+    assert sorted(samples_of(packs)) == sorted(samples_of(whole.micro_batches))
+
+
 def test_the_loader_gives_the_same_step_however_it_got_there(dataset):
     with loader(dataset) as steps:
         through = list(steps)
