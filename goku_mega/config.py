@@ -11,6 +11,7 @@ from goku_mega.errors import ConfigError
 
 TimeSampler = Literal["uniform", "logit_normal"]
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
+AttentionBackend = Literal["auto", "sdpa", "varlen", "cudnn", "flash3"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -100,6 +101,10 @@ class ComputeConfig:
     """Blocks at the start that stay in bf16 under FP8."""
     last_layers_bf16: int = 1
     """Blocks at the end that stay in bf16 under FP8."""
+    attention: AttentionBackend = "auto"
+    """Kernel of the core attention. varlen: torch's packed flash attention; cudnn: cuDNN's, sample by sample;
+    flash3: FlashAttention 3; sdpa: what torch takes by itself. auto: varlen in half precision on a GPU, else sdpa.
+    Under a ring it is varlen or sdpa: the others give no logsumexp to join blocks by."""
     fused: Literal["auto", "off"] = "auto"
     """Triton kernels for the work between the matrix products; auto: on a GPU."""
 
@@ -109,6 +114,13 @@ class ComputeConfig:
             self.engine == "te" or self.fp8 in ("off", "current"),
             f"compute.fp8={self.fp8} needs TransformerEngine; set compute.engine=te, or compute.fp8=current",
         )
+
+    @property
+    def token_multiple(self) -> int:
+        """A rank's tokens of a pack are filled up to a multiple of this: TransformerEngine's FP8 products need it."""
+        if self.engine == "local" or self.fp8 == "off":
+            return 1
+        return 32 if self.fp8 == "mxfp8" else 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +397,65 @@ class CheckpointFolder:
 
     path: str
     """A run folder, its `checkpoints`, or one checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`goku-mega plan`: which layouts fit a number of GPUs, and how fast they are."""
+
+    size: str = "8b"
+    """A name in `model.sizes`: tiny, pilot-1b, 1b, 2b, 8b."""
+    gpus: int
+    gpu: str = "H100"
+    """A name in `plan.devices`: A100, H100, H200, B200, and the cards with `PCIe` or `NVL` in their names."""
+    frames: tuple[int, ...] = (241,)
+    """Frames of each kind of sample: 1 is an image, else 4n + 1."""
+    height: tuple[int, ...] = (720,)
+    """Height of each kind, px; one number is for all."""
+    width: tuple[int, ...] = (1280,)
+    """Width of each kind, px; one number is for all."""
+    share: tuple[float, ...] = ()
+    """Each kind's share of the samples, in any unit; empty: equal shares."""
+    text_tokens: int = 256
+    """Text tokens of a sample."""
+    samples_per_step: int = 0
+    """Samples in a global batch; 0: as many as there are GPUs."""
+    max_tokens_per_rank: int = 0
+    """Token cap of one packed micro-batch, as `data.max_tokens_per_rank`; 0: the longest sample."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    fp8: bool = False
+    """Matrix products of the blocks in FP8."""
+    fused: bool = True
+    """Triton kernels between the matrix products."""
+    policies: tuple[str, ...] = ("off", "selective", "full")
+    """Recomputation policies to consider."""
+    top: int = 10
+    """Layouts to print."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "gpus", "top")
+        _require_at_least(0, self, "text_tokens", "samples_per_step", "max_tokens_per_rank")
+        for name in ("frames", "height", "width"):
+            _require(len(getattr(self, name)) > 0, f"{name} is empty; give a number for every kind of sample")
+        for name in ("height", "width", "share"):
+            count = len(getattr(self, name))
+            _require(
+                count in (1, len(self.frames)) or (name == "share" and count == 0),
+                f"{name} has {count} numbers but frames has {len(self.frames)}; give as many, or one for all",
+            )
+        for frames in self.frames:
+            _require(
+                frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ..."
+            )
+        for name in ("height", "width"):
+            for value in getattr(self, name):
+                _require(value >= 16 and value % 16 == 0, f"{name} is {value}; it must be a multiple of 16")
+        _require(min(self.share, default=1.0) > 0, f"share is {list(self.share)}; each must be above 0")
+        unknown = [policy for policy in self.policies if policy not in ("off", "selective", "full")]
+        _require(
+            bool(self.policies) and not unknown,
+            f"policies is {list(self.policies)}; give one or more of off, selective, full",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

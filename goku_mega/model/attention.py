@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import (
     CrossAttention,
@@ -26,95 +25,22 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from goku_mega.model.packed import Segments
-from goku_mega.model.rope import Rotary, rotate
+from goku_mega.kernels.fused import norm_and_rotate
+from goku_mega.model.packed import RingSegments, Segments
+from goku_mega.model.rope import Rotary
 
 QK_NORM_EPS = 1e-6
 
 
-class PackedAttention(nn.Module):
-    """Full attention inside every segment, none across: the core attention of the spec."""
-
-    def __init__(self, *, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
-        # The other keywords are megatron-core's contract for a core attention; packing needs none of them.
-        super().__init__()
-        self.softmax_scale = softmax_scale
-        self.head_dim = config.kv_channels
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        """
-        Args:
-            query: [queries, heads, head_dim].
-            key, value: [keys, heads, head_dim].
-
-        Returns:
-            [queries, heads, head_dim].
-        """
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            return self._flash(query, key, value, segments)
-        return self._by_runs(query, key, value, segments)
-
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        cu_q, cu_kv = segments.edges(query.device)
-        longest_q, longest_kv = max(segments.q_lengths), max(segments.kv_lengths)
-        attended = varlen_attn(query, key, value, cu_q, cu_kv, longest_q, longest_kv, scale=self.softmax_scale)
-        assert isinstance(attended, Tensor)  # it is a tuple only when auxiliary outputs are asked for
-        return attended
-
-    def _by_runs(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        """One batched call for every run of neighbouring segments of equal shape, without a copy."""
-        counts, q_lengths, kv_lengths = zip(*segments.runs, strict=True)
-        q_sizes = [count * length for count, length in zip(counts, q_lengths, strict=True)]
-        kv_sizes = [count * length for count, length in zip(counts, kv_lengths, strict=True)]
-        outputs = []
-        for count, q, k, v in zip(
-            counts, query.split(q_sizes), key.split(kv_sizes), value.split(kv_sizes), strict=True
-        ):
-            if q.shape[0] == 0:
-                continue
-            # [count * length, heads, head_dim] -> [count, heads, length, head_dim]
-            q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)
-
-
 class InnerRMSNorm(nn.Module):
-    """RMSNorm over the whole inner width, all heads of all tensor-parallel ranks together."""
+    """The weight of an RMSNorm over the whole inner width, all heads of all tensor-parallel ranks together.
+
+    `kernels.fused.norm_and_rotate` applies it: norm and rotation are one pass over the heads.
+    """
 
     def __init__(self, width: int, tp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         super().__init__()
-        self.tp_group = tp_group
-        self.width = width
         self.weight = nn.Parameter(torch.empty(width // tp_group.size(), dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [tokens, width/tp]."""
-        if self.tp_group.size() == 1:
-            return F.rms_norm(x, (self.width,), self.weight, QK_NORM_EPS)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square_sum = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.tp_group)  # [tokens, 1]
-        normed = wide * torch.rsqrt(square_sum / self.width + QK_NORM_EPS)
-        return (normed * self.weight).to(x.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group, forward and backward: every rank's output depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 class GokuSelfAttention(SelfAttention):
@@ -130,14 +56,19 @@ class GokuSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, AttnMaskType.no_mask, pg_collection=pg_collection)
         self.q_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
         self.k_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
+        self.normed = partial(norm_and_rotate, group=pg_collection.tp, eps=QK_NORM_EPS)
 
-    def forward(self, hidden_states: Tensor, *, segments: Segments, rotary: Rotary) -> Tensor:
-        """hidden_states and result: [tokens/cp (/tp under sequence parallelism), hidden]."""
+    def forward(
+        self, hidden_states: Tensor, *, segments: Segments | RingSegments, rotary: Rotary, fused: bool
+    ) -> Tensor:
+        """hidden_states and result: [tokens/cp (/tp under sequence parallelism), hidden].
+
+        `fused` chooses the kernels of norm and rotation.
+        """
         mixed, _ = self.linear_qkv(hidden_states)  # [tokens/cp, 3 * hidden/tp]
         heads = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
-        query, key, value = heads.unbind(2)  # [tokens/cp, heads/tp, head_dim]
-        query = rotate(self.q_norm(query.flatten(1)).view_as(query), rotary)
-        key = rotate(self.k_norm(key.flatten(1)).view_as(key), rotary)
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        query, key, value = self.normed(heads, weights, rotary, fused=fused)  # [tokens/cp, heads/tp, head_dim]
         attended = self.core_attention(query, key, value, segments)
         return self.linear_proj(attended.flatten(1))[0]
 
@@ -176,13 +107,17 @@ class GokuCrossAttention(CrossAttention):
         super().__init__(config, submodules, layer_number, AttnMaskType.no_mask, pg_collection=pg_collection)
         self.q_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
         self.k_norm = InnerRMSNorm(self.query_projection_size, pg_collection.tp, config.params_dtype)
+        self.normed = partial(norm_and_rotate, group=pg_collection.tp, eps=QK_NORM_EPS)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, *, segments: Segments, rotary: Rotary) -> Tensor:
-        """hidden_states and result as in self-attention; text: [text_tokens, hidden]."""
-        query = self.q_norm(self.linear_q(hidden_states)[0])  # [tokens/cp, hidden/tp]
-        query = rotate(query.unflatten(-1, (-1, self.hidden_size_per_attention_head)), rotary)
+    def forward(
+        self, hidden_states: Tensor, text: Tensor, *, segments: Segments, rotary: Rotary, fused: bool
+    ) -> Tensor:
+        """hidden_states, fused and result as in self-attention; text: [text_tokens, hidden]."""
+        query, _ = self.linear_q(hidden_states)  # [tokens/cp, hidden/tp]
+        heads = query.unflatten(-1, (-1, 1, self.hidden_size_per_attention_head))
+        (query,) = self.normed(heads, (self.q_norm.weight,), rotary, fused=fused)  # [tokens/cp, heads/tp, head_dim]
         mixed, _ = self.linear_kv(text)  # [text_tokens, 2 * hidden/tp]
-        key, value = mixed.unflatten(-1, (-1, 2, self.hidden_size_per_attention_head)).unbind(2)
-        key = self.k_norm(key.flatten(1)).view_as(key)
+        heads = mixed.unflatten(-1, (-1, 2, self.hidden_size_per_attention_head))
+        key, value = self.normed(heads, (self.k_norm.weight,), None, fused=fused)
         attended = self.core_attention(query, key, value, segments)
         return self.linear_proj(attended.flatten(1))[0]

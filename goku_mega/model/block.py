@@ -15,8 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from goku_mega.model.modulation import gated_add, modulate
-from goku_mega.model.packed import Segments
+from goku_mega.kernels.fused import gated_add, modulated_norm
+from goku_mega.kernels.pieces import Pieces
+from goku_mega.model.packed import RingSegments, Segments
 from goku_mega.model.rope import Rotary
 
 NORM_EPS = 1e-6
@@ -38,8 +39,9 @@ class PackLayout:
 
     sample_index: Tensor  # [tokens/cp (/tp under sequence parallelism)] int64
     rotary: Rotary  # [tokens/cp, 1, head_dim / 2] each
-    self_segments: Segments
+    self_segments: Segments | RingSegments
     cross_segments: Segments | None
+    pieces: Pieces | None = None  # of sample_index: the fused kernels do the work between the matrix products
 
 
 class AdaLNModulation(nn.Module):
@@ -111,20 +113,25 @@ class GokuBlock(nn.Module):
             pack: where every token belongs.
         """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(timestep_embedding)
+        fused = pack.pieces is not None
 
-        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=NORM_EPS)
-        normed = modulate(normed, shift_attn, scale_attn, pack.sample_index)
-        attended = self.self_attention(normed, segments=pack.self_segments, rotary=pack.rotary)
-        hidden_states = gated_add(hidden_states, attended, gate_attn, pack.sample_index)
+        normed = modulated_norm(
+            hidden_states, shift_attn, scale_attn, pack.sample_index, eps=NORM_EPS, pieces=pack.pieces
+        )
+        attended = self.self_attention(normed, segments=pack.self_segments, rotary=pack.rotary, fused=fused)
+        hidden_states = gated_add(hidden_states, attended, gate_attn, pack.sample_index, pieces=pack.pieces)
 
         if self.cross_attention is not None:
             hidden_states = hidden_states + self.cross_attention(
-                self.cross_norm(hidden_states), text, segments=pack.cross_segments, rotary=pack.rotary
+                self.cross_norm(hidden_states), text, segments=pack.cross_segments, rotary=pack.rotary, fused=fused
             )
 
-        normed = modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp, pack.sample_index)
+        normed = modulated_norm(
+            hidden_states, shift_mlp, scale_mlp, pack.sample_index,
+            eps=NORM_EPS, weight=self.mlp_norm.weight, pieces=pack.pieces,
+        )  # fmt: skip
         update, bias = self.mlp(normed)
-        return gated_add(hidden_states, update + bias, gate_mlp, pack.sample_index)
+        return gated_add(hidden_states, update, gate_mlp, pack.sample_index, bias=bias, pieces=pack.pieces)
 
 
 def _without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:

@@ -42,14 +42,3 @@ def rotary_from_positions(positions: Tensor, head_dim: int, dtype: torch.dtype =
         angles.append(positions[:, axis, None].to(dtype) * THETA**-exponents)  # [tokens, width / 2]
     angle = torch.cat(angles, dim=1)[:, None]  # [tokens, 1, head_dim / 2]
     return Rotary(angle.cos(), angle.sin())
-
-
-def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the interleaved pairs (0, 1), (2, 3), ... of every head by its token's angles.
-
-    Args:
-        heads: [tokens, heads, head_dim].
-    """
-    even, odd = heads.unflatten(-1, (-1, 2)).to(rotary.cos.dtype).unbind(-1)  # [tokens, heads, head_dim / 2]
-    turned = torch.stack((even * rotary.cos - odd * rotary.sin, even * rotary.sin + odd * rotary.cos), dim=-1)
-    return turned.flatten(-2).to(heads.dtype)

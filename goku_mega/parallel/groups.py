@@ -4,13 +4,14 @@ The model receives the groups as arguments and never asks for them; megatron-cor
 `parallel_state` is not initialised.
 """
 
-import atexit
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -74,16 +75,8 @@ def initialise_distributed(threads_per_rank: int) -> torch.device:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # A gloo thread that still runs when the interpreter is taken down can abort the process (seen: exit -6).
-        atexit.register(leave_distributed)
     support_megatron_on_host()
     return device
-
-
-def leave_distributed() -> None:
-    """End the process group's threads, while Python can still be called from them."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def build_groups(layout: Layout, device: torch.device) -> Groups:
@@ -100,6 +93,8 @@ def build_groups(layout: Layout, device: torch.device) -> Groups:
     groups.tp = mesh.get_group("tp")
     groups.cp = cp.get_group()
     groups.pp = mesh.get_group("pp")
+    # The schedules ask for these by name; they serve tied embeddings and megatron-core's own optimizer.
+    groups.embd = groups.pos_embd = groups.dp_cp = None
     return Groups(
         layout=layout,
         device=device,
@@ -127,12 +122,25 @@ def single_process_groups(device: torch.device | None = None) -> Groups:
 
 @functools.cache
 def support_megatron_on_host() -> None:
-    """Let megatron-core's tensor-parallel layers run where there is no CUDA.
+    """Let megatron-core's tensor-parallel layers and pipeline schedules run where there is no CUDA.
 
     They allocate their communication buffers on `torch.cuda.current_device()`, and take the
-    sequence-parallel ones from a global buffer that `initialize_model_parallel` would have made.
+    sequence-parallel ones from a global buffer that `initialize_model_parallel` would have made. The
+    schedules count tokens on "cuda", by that name.
     """
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+        schedules.torch = _TorchWithoutCuda()
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+class _TorchWithoutCuda:
+    """`torch` to one module of megatron-core: its zeros "on cuda" lie in host memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: str, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **options)

@@ -50,6 +50,11 @@ class Layout:
         """A pack's tokens are padded to a multiple of this, so that cp and tp split them evenly."""
         return self.tp * self.cp
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved pipeline schedule takes a step's micro-batches in groups of this many."""
+        return self.pp if self.chunks > 1 else 1
+
     def __str__(self) -> str:
         cp = f"cp={self.cp}" + (f" (ulysses {self.ulysses} x ring {self.ring})" if self.ring > 1 else "")
         pp = f"pp={self.pp}" + (f" ({self.chunks} chunks a stage)" if self.chunks > 1 else "")

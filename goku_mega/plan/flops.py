@@ -11,16 +11,6 @@ TRAINING_PASSES = 3
 TIMESTEP_FREQUENCIES = 256
 """Width of the timestep's sinusoids."""
 
-PEAK_TFLOPS = {
-    "A100": {"bf16": 312.0, "fp32": 19.5},
-    "H100 PCIe": {"bf16": 756.0, "fp32": 51.0},
-    "H100 NVL": {"bf16": 835.0, "fp32": 60.0},
-    "H100": {"bf16": 989.0, "fp32": 67.0},
-    "H200 NVL": {"bf16": 835.0, "fp32": 60.0},
-    "H200": {"bf16": 989.0, "fp32": 67.0},
-}
-"""Dense peaks of the vendor's data sheets; a card's variants come before its plain (SXM) name."""
-
 
 def forward_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
     """FLOPs of one sample's forward pass.
@@ -34,20 +24,20 @@ def forward_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
     a sample the timestep's two layers 2 x 256 d + 2 d^2 and the final modulation 2 x 2 d^2.
     """
     d, f = shape.hidden_size, shape.ffn_hidden_size
-    layer = 8 * tokens * d * d + 4 * tokens * tokens * d + 4 * tokens * d * f + 12 * d * d
+    layer = 8 * tokens * d * d + 4 * tokens * d * f + 12 * d * d
     outside = 4 * tokens * shape.patch_dim * d + 2 * TIMESTEP_FREQUENCIES * d + 6 * d * d
     if shape.text_width is not None:
-        layer += 4 * tokens * d * d + 4 * text_tokens * d * d + 4 * tokens * text_tokens * d
+        layer += 4 * tokens * d * d + 4 * text_tokens * d * d
         outside += 2 * text_tokens * d * (shape.text_width + d)
-    return shape.layers * layer + outside
+    return shape.layers * layer + outside + attention_flops(tokens, text_tokens, shape)
+
+
+def attention_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
+    """The part of `forward_flops` that is scores and values: 4 s (s + l) d a layer."""
+    keys = tokens + (text_tokens if shape.text_width is not None else 0)
+    return shape.layers * 4 * tokens * keys * shape.hidden_size
 
 
 def training_flops(tokens: int, text_tokens: int, shape: ModelShape) -> int:
     """FLOPs of one sample's forward and backward pass."""
     return TRAINING_PASSES * forward_flops(tokens, text_tokens, shape)
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s a device can reach in a precision (`bf16`, `fp32`), or None where it is not known (CPUs)."""
-    peaks = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in device_name), {})
-    return peaks[precision] * 1e12 if precision in peaks else None

@@ -8,18 +8,22 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from goku_infra.heartbeat import Heartbeat
+from goku_mega import environment
 from goku_mega.checkpoint.load import find_latest, load_info, load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.state import State
 from goku_mega.config import FlowRun, Precision
 from goku_mega.data.loader import Loader, StepBatch
+from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.shards import Index, load_index
 from goku_mega.errors import ConfigError
 from goku_mega.flow.path import velocity_loss
@@ -27,14 +31,22 @@ from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.groups import Groups, build_groups, initialise_distributed
 from goku_mega.parallel.layout import resolve
 from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_norm, sum_partial_gradients
-from goku_mega.plan.flops import peak_flops
+from goku_mega.parallel.pipeline import Loss, ModelCall, forward_backward
+from goku_mega.plan.activations import Numerics
+from goku_mega.plan.devices import USABLE_SHARE, host_memory_bytes, peak_flops
+from goku_mega.plan.fit import Device, decide_recompute
 from goku_mega.train.ema import ShardedEMA
 from goku_mega.train.metrics import MetricsLog
 from goku_mega.train.optimizer import ShardedOptimizer
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE_ON_RESUME = frozenset({"run_dir", "steps", "layout", "checkpoint", "threads_per_rank", "precision"})
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "run_dir", "steps", "layout", "checkpoint", "threads_per_rank", "precision",
+        "recompute", "compute", "ignore_plan",
+    }
+)  # fmt: skip
 """Settings that leave a run the same run; the others decide its samples, noise or updates."""
 
 
@@ -69,23 +81,30 @@ class Trainer:
     def step(self, batch: StepBatch) -> StepResult:
         """One update from this rank's micro-batches."""
         step = batch.step
-        self.model.module.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for micro_batch in batch.micro_batches:
-            self.beat(step, "forward")
-            micro = micro_batch.to(self.groups.device, self.dtype)
-            velocity = self.model.module(micro.packed)
-            micro_loss = velocity_loss(velocity, micro.velocity, micro.loss_weight, batch.total_tokens)
-            self.beat(step, "backward")
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        self.model.start_step()
+        loss = forward_backward(
+            self.model.chunks, self.groups, batch.micro_batches, [len(m.loss_weight) for m in batch.micro_batches],
+            partial(self.forward, batch), self.dtype,
+        )  # fmt: skip
         self.beat(step, "optimizer")
         sum_partial_gradients(self.model, self.groups)
         norm = gradient_norm(self.model, self.groups)
         rate = self.optimizer.step(step, self.model.gradients(), norm)
         self.ema.update(step)
-        dist.all_reduce(loss, group=self.groups.data)
+        for group in (self.groups.data, self.groups.pp):
+            dist.all_reduce(loss, group=group)
         return StepResult(loss.item(), norm.item(), rate)
+
+    def forward(self, batch: StepBatch, model: ModelCall, micro_batch: TrainingBatch) -> tuple[Tensor, Loss]:
+        """A micro-batch through `model`: what it gave, and the loss of a velocity.
+
+        The phase is "backward" from here to the next forward, and so while a stage waits for its neighbours.
+        """
+        self.beat(batch.step, "forward")
+        micro = micro_batch.to(self.groups.device, self.dtype)
+        output = model(micro.packed)
+        self.beat(batch.step, "backward")
+        return output, lambda velocity: velocity_loss(velocity, micro.velocity, micro.loss_weight, batch.total_tokens)
 
     def beat(self, step: int, phase: str) -> None:
         """Tell the operator's page where this rank is."""
@@ -103,9 +122,13 @@ def train(run: FlowRun) -> dict[str, Any]:
     index = load_index(Path(run.data.path))
     shape = model_shape(run.size, latent_channels=index.latent_channels, text_width=index.text_width)
     layout = resolve(run.layout, dist.get_world_size(), shape)
-    groups = build_groups(layout, device)
     stored, computed = dtypes(run.precision, device)
-    model = build_model(shape, groups, seed=run.seed, dtype=stored, compute_dtype=computed)
+    lengths = zip(index.tokens(shape).tolist(), (row.text_tokens for row in index.rows), strict=True)
+    recompute = decide_recompute(run, shape, layout, lengths, planned_device(run, device, stored, computed))
+    groups = build_groups(layout, device)
+    model = build_model(
+        shape, groups, seed=run.seed, dtype=stored, compute_dtype=computed, recompute=recompute, compute=run.compute
+    )
     trainer = Trainer(model, groups, run, computed)
     start_step = resume(trainer, run, shape)
     if start_step >= run.steps:
@@ -225,6 +248,16 @@ def describe_model(size: str, shape: ModelShape) -> dict[str, Any]:
 
 def checkpoints(run: FlowRun) -> Path:
     return Path(run.run_dir) / "checkpoints"
+
+
+def planned_device(run: FlowRun, device: torch.device, stored: torch.dtype, computed: torch.dtype) -> Device:
+    """What the plan takes a rank to have: its GPU, or its share of this host's memory."""
+    if device.type == "cuda":
+        numerics = Numerics(stored.itemsize, computed.itemsize, gpu=True, fused=run.compute.fused == "auto")
+        memory = torch.cuda.get_device_properties(device).total_memory * USABLE_SHARE
+        return Device(torch.cuda.get_device_name(device), memory, numerics)
+    numerics = Numerics(stored.itemsize, computed.itemsize, gpu=False, fused=False)
+    return Device("a rank's share of this host", host_memory_bytes() / environment.local_world_size(), numerics)
 
 
 def dtypes(precision: Precision, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -82,7 +82,7 @@ class ShardedOptimizer:
         limit = self.config.clip_grad_norm
         if limit > 0:
             scale = (limit / (gradient_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(list(gradients.values()), scale.to(next(iter(gradients.values())).dtype))
+            torch._foreach_mul_(list(gradients.values()), scale.to(next(iter(gradients.values()))))
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
         for group in self.adamw.param_groups:

@@ -100,7 +100,7 @@ class Difference:
 
 
 def every_cell() -> list[Cell]:
-    """All cells that fit `MOST_PROCESSES`; the one of a single process without recomputation is what all compare with."""
+    """All cells that fit `MOST_PROCESSES`, but for the one that all are compared with."""
     cells = [Cell(*choice) for choice in itertools.product(*CHOICES.values())]
     return [cell for cell in cells if cell.processes <= MOST_PROCESSES and cell != Cell()]
 

@@ -20,6 +20,12 @@ LAYOUTS = {
     "replicate2 x shard2": (4, LayoutConfig(dp_replicate=2, dp_shard=2)),
     "tp2 x cp2": (4, LayoutConfig(tp=2, cp=2)),
     "tp2 x shard2": (4, LayoutConfig(tp=2, dp_shard=2)),
+    "pp2": (2, LayoutConfig(pp=2)),
+    "pp2 of 2 chunks": (2, LayoutConfig(pp=2, pp_chunks=2)),
+    "pp2 uneven": (2, LayoutConfig(pp=2, pp_layers=(3, 1))),
+    "pp2 x tp2": (4, LayoutConfig(pp=2, tp=2)),
+    "pp2 x shard2": (4, LayoutConfig(pp=2, dp_shard=2)),
+    "pp2 x cp2": (4, LayoutConfig(pp=2, cp=2)),
 }
 
 
@@ -51,7 +57,10 @@ def make_run(dataset: Path, layout: LayoutConfig, optimizer: str = "adamw") -> F
         seed=5,
         precision="fp64",
         layout=layout,
-        data=DataConfig(path=str(dataset), samples_per_step=9, max_tokens_per_rank=400, prefetch_steps=1),
+        # Pipelines get several micro-batches, of unequal lengths.
+        data=DataConfig(
+            path=str(dataset), samples_per_step=9, max_tokens_per_rank=64 if layout.pp > 1 else 400, prefetch_steps=1
+        ),
         # A rate that moves the weights away from their initial zeros within the ten steps.
         optimizer=OptimizerConfig(name=optimizer, learning_rate=3e-3, warmup_steps=2, clip_grad_norm=0.5),
     )
@@ -94,7 +103,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name, dataset, one_p
 
 def test_muon_orthogonalises_whole_matrices_where_ranks_hold_parts(dataset):
     one = np.array(run_ranks(train_ten_steps, 1, make_run(dataset, LayoutConfig(), "muon"))[0])
-    for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2"):
+    for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2", "pp2 x tp2"):
         world_size, layout = LAYOUTS[name]
         for figures in run_ranks(train_ten_steps, world_size, make_run(dataset, layout, "muon")):
             np.testing.assert_allclose(np.array(figures), one, rtol=1e-9, err_msg=name)
@@ -112,9 +121,10 @@ def test_micro_batches_do_not_change_the_step(dataset, one_process):
     np.testing.assert_allclose(np.array(run_ranks(train_ten_steps, 1, capped)[0]), one_process, rtol=1e-9)
 
 
-def test_the_comparison_would_see_a_wrong_gradient(dataset, one_process):
-    """Leaving out the sum over tensor-parallel ranks shows at once: the test above can fail."""
-    wrong = np.array(run_ranks(train_without_partial_sums, 2, make_run(dataset, LayoutConfig(tp=2)))[0])
+@pytest.mark.parametrize("layout", [LayoutConfig(tp=2), LayoutConfig(pp=2)])
+def test_the_comparison_would_see_a_wrong_gradient(dataset, one_process, layout):
+    """Leaving out the sum over tensor-parallel ranks or stages shows at once: the test above can fail."""
+    wrong = np.array(run_ranks(train_without_partial_sums, 2, make_run(dataset, layout))[0])
     assert np.abs(wrong / one_process - 1).max() > 1e-4
 
 

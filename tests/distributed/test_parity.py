@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import parity
 import pytest
 import torch
 
-import parity
 from launch import run_ranks
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from goku_mega.model.rope import axis_widths, rotary_from_positions, rotate
+from goku_mega.kernels.fused import rotate
+from goku_mega.model.rope import axis_widths, rotary_from_positions
 
 
 @pytest.mark.parametrize(("head_dim", "widths"), [(64, (24, 20, 20)), (72, (24, 24, 24)), (32, (12, 10, 10))])
@@ -15,7 +16,7 @@ def test_every_axis_has_an_even_share(head_dim, widths):
 def dot(query, key, query_at, key_at):
     positions = torch.tensor([query_at, key_at])
     rotary = rotary_from_positions(positions, query.shape[-1], torch.float64)
-    turned = rotate(torch.stack((query, key))[:, None], rotary)
+    turned = rotate(torch.stack((query, key))[:, None], *rotary)
     return (turned[0] * turned[1]).sum()
 
 
@@ -32,7 +33,7 @@ def test_a_score_depends_on_the_offset_of_the_positions_only():
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
     heads = torch.randn(4, 2, 72, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     positions = torch.tensor([[0, 0, 0], [60, 44, 79], [1, 0, 0], [0, 0, 3]])
-    turned = rotate(heads, rotary_from_positions(positions, 72, torch.float64))
+    turned = rotate(heads, *rotary_from_positions(positions, 72, torch.float64))
     torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
     assert torch.equal(turned[0], heads[0])
 
@@ -40,7 +41,7 @@ def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
 def test_an_axis_turns_only_its_own_share_of_a_head():
     heads = torch.ones(3, 1, 64, dtype=torch.float64)
     rotary = rotary_from_positions(torch.eye(3, dtype=torch.int64), 64, torch.float64)
-    moved = (rotate(heads, rotary) != heads)[:, 0]
+    moved = (rotate(heads, *rotary) != heads)[:, 0]
     shares = [(0, 24), (24, 44), (44, 64)]
     for axis, (start, stop) in enumerate(shares):
         assert moved[axis, start:stop].any()

@@ -16,7 +16,7 @@ def parameters(size: str) -> int:
         model = GokuTransformer(
             shape,
             config=megatron_config(shape),
-            block=block_spec(cross_attention=shape.text_width is not None),
+            block=lambda number: block_spec(cross_attention=shape.text_width is not None),
             groups=single_process_groups().model,
         )
     return sum(p.numel() for p in model.parameters())

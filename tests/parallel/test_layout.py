@@ -37,7 +37,8 @@ def test_heads_that_do_not_divide_are_named_with_the_degrees_that_do():
 
 
 @pytest.mark.parametrize(
-    ("size", "tp", "cp", "ulysses"), [("2b", 1, 8, 4), ("2b", 4, 7, 7), ("8b", 1, 8, 8), ("8b", 8, 8, 2), ("1b", 1, 3, 1)]
+    ("size", "tp", "cp", "ulysses"),
+    [("2b", 1, 8, 4), ("2b", 4, 7, 7), ("8b", 1, 8, 8), ("8b", 8, 8, 2), ("1b", 1, 3, 1)],
 )
 def test_the_ring_is_the_smallest_that_the_heads_allow(size, tp, cp, ulysses):
     layout = resolve(LayoutConfig(tp=tp, cp=cp), tp * cp, SIZES[size])

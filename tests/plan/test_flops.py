@@ -9,7 +9,8 @@ from goku_mega.data.packing import pack_prompts
 from goku_mega.model.sizes import SIZES, ModelShape
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import build_model
-from goku_mega.plan.flops import forward_flops, peak_flops, training_flops
+from goku_mega.plan.devices import peak_flops
+from goku_mega.plan.flops import forward_flops, training_flops
 
 SMALL = ModelShape(layers=2, hidden_size=48, ffn_hidden_size=160, heads=2, latent_channels=4, text_width=20)
 

@@ -104,13 +104,23 @@ def test_the_same_layout_goes_on_bitwise(dataset, unbroken, killed, tmp_path):
     assert losses(run_dir) == unbroken
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, ()), (2, ("layout.tp=2",)), (2, ("layout.cp=2",))])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, ()), (2, ("layout.tp=2",)), (2, ("layout.cp=2",)), (2, ("layout.pp=2", "layout.pp_chunks=2"))],
+)
 def test_another_layout_goes_on_with_the_same_losses(dataset, unbroken, killed, tmp_path, ranks, layout):
     run_dir = copy(killed, tmp_path / "run")
     finish(start(dataset, run_dir, ranks, *layout))
     continued = losses(run_dir)
     assert continued.keys() == unbroken.keys()
     np.testing.assert_allclose(list(continued.values()), list(unbroken.values()), rtol=1e-5)
+
+
+def test_pipeline_stages_save_what_one_process_goes_on_from(dataset, unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    kill_after_checkpoint(start(dataset, run_dir, 2, "layout.pp=2"), run_dir, victim=1)
+    assert "resumed from" in finish(start(dataset, run_dir, 1))
+    np.testing.assert_allclose(list(losses(run_dir).values()), list(unbroken.values()), rtol=1e-5)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(dataset, unbroken, killed, tmp_path):
