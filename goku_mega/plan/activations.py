@@ -63,6 +63,8 @@ class _BlockParts:
         self.exchanges = layout.ulysses > 1
         self.ring = layout.ring > 1
         self.one_call = numerics.gpu  # attention of a whole pack; else its samples' results are put end to end
+        self.torch_fuses_norms = numerics.gpu
+        self.splits_heads = layout.tp > 1
         self.tokens = pack.tokens / layout.cp
         self.own_tokens = self.tokens / layout.tp if layout.sequence_parallel else self.tokens
         self.own = self.own_tokens * d  # numbers of the hidden states
@@ -112,15 +114,17 @@ class _BlockParts:
             return [Saved(2 * self.own_tokens, self.narrow), modulated]
         return [*self._norm(self.own, self.own_tokens), modulated]
 
-    def _norm(self, values: float, tokens: float) -> list[Saved]:
+    def _norm(self, values: float, tokens: float, *, spelled_out: bool = False) -> list[Saved]:
         """Input, and what torch's own norm keeps besides: on a GPU, the inverse deviation."""
-        if self.fused:
+        if self.torch_fuses_norms and not spelled_out:
             return [Saved(values, self.narrow), Saved(tokens, self.wide)]
         return [Saved(values, self.wide), Saved(values, self.wide), Saved(tokens, self.wide)]
 
     def _inner_norm(self, values: float, tokens: float) -> list[Saved]:
-        """Fused, it reads the projection itself."""
-        return [Saved(tokens, self.wide)] if self.fused else self._norm(values, tokens)
+        """Fused, it reads the projection itself; over the heads of several ranks, torch has no norm."""
+        if self.fused:
+            return [Saved(tokens, self.wide)]
+        return self._norm(values, tokens, spelled_out=self.splits_heads)
 
     def _attention(self, *, copied: bool) -> list[Saved]:
         saved = [Saved(self.inner, self.narrow, product=True), Saved(self.log_sum_exp, self.wide, product=True)]

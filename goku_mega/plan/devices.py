@@ -6,6 +6,8 @@ allocator cannot join are left that room.
 """
 
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +33,10 @@ class Gpu:
 
 USABLE_SHARE = 0.94
 """Of the memory a card reports: what its name says."""
+FIRST_STEP_BYTES = 28e6
+"""Of libraries that a rank on a CPU loads in its first step; 27 and 28 MB were seen."""
+HOST_SHARE = 0.9
+"""Of main memory: the system, and what malloc keeps of what was freed, need the rest."""
 
 GPUS = {
     # FlashAttention-2 trains at 225 TFLOP/s on this card (72%; arXiv 2307.08691); its attention alone, forward and
@@ -90,6 +96,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return known.tflops[precision] * 1e12 if known and precision in known.tflops else None
 
 
-def host_memory_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def host_memory_bytes() -> float:
+    """Main memory of this machine that processes may fill."""
+    return HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def process_bytes() -> float:
+    """Main memory of this process as it is before it has a model, and of the libraries that its first step loads."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + FIRST_STEP_BYTES

@@ -61,6 +61,8 @@ class Device(NamedTuple):
     name: str
     memory_bytes: float
     numerics: Numerics
+    process_bytes: float = 0.0
+    """What the process has without its model, where that is in the same memory."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ def decide_recompute(
     """
     kinds = tuple(Kind(tokens, text, count) for (tokens, text), count in Counter(lengths).items())
     work = Workload(kinds, run.data.samples_per_step, run.data.max_tokens_per_rank)
-    job = _job(shape, layout, work, device.numerics, run.optimizer.name)
+    job = replace(
+        _job(shape, layout, work, device.numerics, run.optimizer.name), process_bytes=device.process_bytes
+    )  # fmt: skip
     recompute = run.recompute
     if recompute.policy == "auto":
         recompute = choose_recompute(job, recompute.memory_gb * GB or device.memory_bytes)

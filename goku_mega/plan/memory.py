@@ -17,9 +17,6 @@ Policy = Literal["off", "selective", "full"]
 POLICIES: tuple[Policy, ...] = ("off", "selective", "full")
 """From most memory and least time to least memory and most time."""
 
-PROCESS_BYTES = 405e6
-"""A CPU rank before it has a model: Python, torch, megatron-core and the libraries they map . 405 MB was seen."""
-
 MUON_BUCKET_NUMBERS = 2**26
 """Numbers that Muon lays together at a time, unless one matrix has more."""
 MUON_COPIES = 6
@@ -40,7 +37,7 @@ class RankMemory:
     buffers: float
     """Gathered weights and whole gradients of the blocks at work; of Muon, the matrices at work."""
     process: float
-    """What a process has before it has a model; 0 on a GPU, whose context is not in the limit."""
+    """What a process has without its model."""
 
     @property
     def peak(self) -> float:
@@ -128,6 +125,8 @@ class Job:
     micro_batches: int = 1
     """Packs of a rank in one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
+    process_bytes: float = 0.0
+    """What the process has besides; 0 on a GPU, whose context the limit leaves out."""
 
 
 def rank_memory(job: Job, recompute: RecomputeConfig) -> RankMemory:
@@ -240,7 +239,7 @@ def _state(job: Job, parts: StageParts) -> RankMemory:
         average=each * (blocks + around),
         activations=0.0,
         buffers=0.0,
-        process=0.0 if numerics.gpu else PROCESS_BYTES,
+        process=job.process_bytes,
     )
 
 

@@ -33,7 +33,7 @@ from goku_mega.parallel.layout import resolve
 from goku_mega.parallel.parallelize import ParallelModel, build_model, gradient_norm, sum_partial_gradients
 from goku_mega.parallel.pipeline import Loss, ModelCall, forward_backward
 from goku_mega.plan.activations import Numerics
-from goku_mega.plan.devices import USABLE_SHARE, host_memory_bytes, peak_flops
+from goku_mega.plan.devices import USABLE_SHARE, host_memory_bytes, peak_flops, process_bytes
 from goku_mega.plan.fit import Device, decide_recompute
 from goku_mega.train.ema import ShardedEMA
 from goku_mega.train.metrics import MetricsLog
@@ -257,7 +257,8 @@ def planned_device(run: FlowRun, device: torch.device, stored: torch.dtype, comp
         memory = torch.cuda.get_device_properties(device).total_memory * USABLE_SHARE
         return Device(torch.cuda.get_device_name(device), memory, numerics)
     numerics = Numerics(stored.itemsize, computed.itemsize, gpu=False, fused=False)
-    return Device("a rank's share of this host", host_memory_bytes() / environment.local_world_size(), numerics)
+    memory = host_memory_bytes() / environment.local_world_size()
+    return Device("a rank's share of this host", memory, numerics, process_bytes())
 
 
 def dtypes(precision: Precision, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -103,7 +103,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name, dataset, one_p
 
 def test_muon_orthogonalises_whole_matrices_where_ranks_hold_parts(dataset):
     one = np.array(run_ranks(train_ten_steps, 1, make_run(dataset, LayoutConfig(), "muon"))[0])
-    for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2", "pp2 x tp2"):
+    for name in ("tp2 without sp", "replicate2 x shard2", "tp2 x shard2", "tp2 x cp2", "pp2 x tp2"):
         world_size, layout = LAYOUTS[name]
         for figures in run_ranks(train_ten_steps, world_size, make_run(dataset, layout, "muon")):
             np.testing.assert_allclose(np.array(figures), one, rtol=1e-9, err_msg=name)

@@ -1,7 +1,12 @@
 """The memory plan against what torch really allocates, and the rules that any plan must keep."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +29,7 @@ PACK = Pack(tokens=256, text_tokens=TEXT, samples=1)
 CPU = Numerics(computed=4, gpu=False, fused=False)
 
 
-def saved_bytes_of_a_block(shape: ModelShape, layout: LayoutConfig, dtype: torch.dtype) -> int:
+def saved_bytes_of_a_block(shape: ModelShape, layout: LayoutConfig, dtype: torch.dtype, *, fused: bool = False) -> int:
     """Bytes of the storages that autograd keeps of the last block, besides parameters and what blocks share."""
     from goku_mega.data.packing import context_part
     from goku_mega.parallel.context import context_tokens
@@ -37,6 +42,7 @@ def saved_bytes_of_a_block(shape: ModelShape, layout: LayoutConfig, dtype: torch
         support_megatron_on_host()
         groups = build_groups(resolve(layout, ranks, shape), torch.device("cpu"))
     module = build_model(shape, groups, seed=0, dtype=dtype, fsdp=False).module
+    module.fused = fused
     batch = a_batch(shape)
     if layout.cp > 1:
         ulysses, ring = groups.layout.ulysses, groups.layout.ring
@@ -102,12 +108,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def saved_on_rank(rank: int, layout: LayoutConfig, dtype: torch.dtype) -> int:
-    return saved_bytes_of_a_block(SMALL, layout, dtype)
+def saved_on_rank(rank: int, layout: LayoutConfig, dtypes: list[torch.dtype]) -> list[int]:
+    return [saved_bytes_of_a_block(SMALL, layout, dtype) for dtype in dtypes]
 
 
-def predicted(layout: Layout, dtype: torch.dtype) -> float:
-    numerics = Numerics(computed=dtype.itemsize, gpu=False, fused=False)
+def predicted(layout: Layout, dtype: torch.dtype, *, fused: bool = False) -> float:
+    numerics = Numerics(computed=dtype.itemsize, gpu=False, fused=fused)
     return block_bytes(SMALL, layout, PACK, numerics).off
 
 
@@ -129,10 +135,30 @@ def test_a_blocks_activations_are_what_autograd_saves(dtype):
     ids=["tp", "tp-sp", "ulysses", "ring", "tp-ulysses"],
 )
 def test_split_activations_are_what_autograd_saves_on_a_rank(layout):
-    ranks = layout.tp * layout.cp
-    for dtype in (torch.float32, torch.bfloat16):
-        measured = run_ranks(saved_on_rank, ranks, layout, dtype)
-        assert predicted(resolve(layout, ranks, SMALL), dtype) == pytest.approx(max(measured), rel=0.02)
+    ranks, dtypes = layout.tp * layout.cp, [torch.float32, torch.bfloat16]
+    measured = run_ranks(saved_on_rank, ranks, layout, dtypes)
+    for dtype, on_ranks in zip(dtypes, zip(*measured, strict=True), strict=True):
+        assert predicted(resolve(layout, ranks, SMALL), dtype) == pytest.approx(max(on_ranks), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_fused_kernels_keep_what_the_plan_says():
+    """By Triton's interpreter, which has to be asked for before triton is imported."""
+    code = (
+        "import sys, torch\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "from test_memory import SMALL, LayoutConfig, saved_bytes_of_a_block\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    print(saved_bytes_of_a_block(SMALL, LayoutConfig(), dtype, fused=True))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=Path(__file__).parent
+    )
+    for dtype, measured in zip((torch.float32, torch.bfloat16), done.stdout.split()[-2:], strict=True):
+        assert predicted(Layout(), dtype, fused=True) == pytest.approx(int(measured), rel=0.01)
 
 
 def built(shape: ModelShape, recompute: RecomputeConfig, *, fsdp: bool = False):  # type: ignore[no-untyped-def]
