@@ -87,6 +87,11 @@ class RecomputeConfig:
         _require_at_least(-1, self, "first", section="recompute.")
         _require_at_least(0, self, "memory_gb", section="recompute.")
 
+    def covers(self, block: int) -> bool:
+        """Whether the policy is for a block, by its number from 0 in the whole model."""
+        among = self.first == -1 or block < self.first
+        return self.policy != "off" and among and block % self.every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:

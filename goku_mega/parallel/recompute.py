@@ -26,11 +26,6 @@ ATTENTION = (
 OPERATORS_OF_LIBRARIES = ("torch_attn::_varlen_attn", "goku_mega::ring_attention")
 
 
-def is_recomputed(number: int, config: RecomputeConfig) -> bool:
-    """Whether the block of this number (from 0) is computed again."""
-    return config.policy != "off" and number % config.every == 0 and (config.first == -1 or number < config.first)
-
-
 def apply_recompute(blocks: nn.Module, config: RecomputeConfig, *, summed_in_place: int | None = None) -> None:
     """Let the chosen blocks forget their activations.
 
@@ -45,7 +40,7 @@ def apply_recompute(blocks: nn.Module, config: RecomputeConfig, *, summed_in_pla
     if config.policy == "auto":
         raise ValueError("recompute.policy=auto must be decided before a model is built")
     for name, block in blocks.named_children():
-        if is_recomputed(int(name), config):
+        if config.covers(int(name)):
             # On the method: the hooks that FSDP hangs on the module stay outside of what is run again.
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,

@@ -156,7 +156,7 @@ def stage_parts(job: Job, recompute: RecomputeConfig) -> list[StageParts]:
     """What is on each stage."""
     pp, layers = job.layout.pp, job.shape.layers
     edges = list(accumulate(job.layout.layers or (layers,), initial=0))
-    before = list(accumulate((is_recomputed(block, recompute) for block in range(layers)), initial=0))
+    before = list(accumulate((recompute.covers(block) for block in range(layers)), initial=0))
     chunks = [(stop - start, before[stop] - before[start]) for start, stop in pairwise(edges)]
     return [
         StageParts(
@@ -168,12 +168,6 @@ def stage_parts(job: Job, recompute: RecomputeConfig) -> list[StageParts]:
         )
         for stage in range(pp)
     ]
-
-
-def is_recomputed(block: int, recompute: RecomputeConfig) -> bool:
-    """Whether the policy is for a block, by its number in the whole model."""
-    among = recompute.first == -1 or block < recompute.first
-    return recompute.policy != "off" and among and block % recompute.every == 0
 
 
 def passes_under_way(stage: int, layout: Layout, micro_batches: int) -> int:

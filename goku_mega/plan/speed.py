@@ -12,7 +12,7 @@ from goku_mega.parallel.layout import Layout
 from goku_mega.plan.activations import Numerics, block_bytes
 from goku_mega.plan.devices import Gpu
 from goku_mega.plan.flops import TRAINING_PASSES
-from goku_mega.plan.memory import is_recomputed, model_numbers
+from goku_mega.plan.memory import model_numbers
 from goku_mega.plan.workload import Workload
 
 PRODUCT_SHARE = 0.78
@@ -76,7 +76,7 @@ def step_time(
     products = of_products / (peak * PRODUCT_SHARE * (FP8_GAIN if fp8 else 1.0))
     attention = of_attention / (peak * gpu.attention_share)
     between = _traffic(shape, layout, work, numerics) / (1e9 * gpu.memory_gb_per_s * LINK_SHARE)
-    again = sum(is_recomputed(block, recompute) for block in range(shape.layers)) / shape.layers
+    again = sum(recompute.covers(block) for block in range(shape.layers)) / shape.layers
     recomputed = FORWARD_TRAFFIC_PASSES * between
     if recompute.policy == "full":
         recomputed += products + attention

@@ -88,6 +88,7 @@ class ShardedOptimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
+        self.adamw.zero_grad()  # else this step's gradients would live through the next step's backward
         self.muon.step(gradients, rate, self.config.weight_decay)
         return rate
 

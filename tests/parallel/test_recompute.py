@@ -12,7 +12,6 @@ from goku_mega.data.shards import Sample
 from goku_mega.model.sizes import ModelShape
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import build_model
-from goku_mega.parallel.recompute import is_recomputed
 
 SHAPE = ModelShape(layers=3, hidden_size=32, ffn_hidden_size=64, heads=4, latent_channels=4, text_width=8)
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
@@ -97,14 +96,14 @@ def test_full_repeats_the_attention_of_the_chosen_blocks_only(kept):
 def test_which_blocks_are_recomputed():
     def chosen(**settings):
         config = RecomputeConfig(policy="full", **settings)
-        return [number for number in range(7) if is_recomputed(number, config)]
+        return [number for number in range(7) if config.covers(number)]
 
     assert chosen() == list(range(7))
     assert chosen(every=3) == [0, 3, 6]
     assert chosen(first=2) == [0, 1]
     assert chosen(every=2, first=4) == [0, 2]
     assert chosen(first=0) == []
-    assert not is_recomputed(0, RecomputeConfig())
+    assert not RecomputeConfig().covers(0)
 
 
 def test_auto_has_to_be_decided_first():

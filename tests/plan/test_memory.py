@@ -20,7 +20,7 @@ from goku_mega.model.packed import PackedBatch
 from goku_mega.model.sizes import SIZES, ModelShape
 from goku_mega.parallel.layout import Layout, resolve
 from goku_mega.plan.activations import Numerics, Pack, block_bytes
-from goku_mega.plan.memory import POLICIES, Job, is_recomputed, model_numbers, passes_under_way, rank_memory
+from goku_mega.plan.memory import POLICIES, Job, model_numbers, passes_under_way, rank_memory
 from launch import run_ranks
 
 SMALL = ModelShape(layers=2, hidden_size=64, ffn_hidden_size=256, heads=4, latent_channels=4, text_width=32)
@@ -219,16 +219,6 @@ def test_the_parameters_of_a_rank_are_counted_exactly(ranks, layout):
 
 def test_the_sizes_have_the_parameters_of_their_names():
     assert [round(model_numbers(SIZES[size]) / 1e9, 1) for size in ("1b", "2b", "8b")] == [0.8, 2.0, 8.4]
-
-
-def test_recomputed_blocks_are_those_that_the_model_recomputes():
-    from goku_mega.parallel.recompute import is_recomputed as in_the_model
-
-    for policy in POLICIES:
-        for every in (1, 2, 3):
-            for first in (-1, 0, 1, 5):
-                recompute = RecomputeConfig(policy=policy, every=every, first=first)
-                assert all(is_recomputed(n, recompute) == in_the_model(n, recompute) for n in range(9))
 
 
 def test_passes_under_way_follow_the_schedules():
