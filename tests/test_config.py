@@ -85,7 +85,7 @@ def test_other_settings_read_yaml():
         ("stpes: 3", ["'stpes'", "'steps'"]),
         ("layout: {tpp: 3}", ["'layout.tpp'", "'layout.tp'"]),
         ("tp: 2", ["'tp'", "'layout.tp'"]),
-        ("layout: {tensor: 3}", ["'layout.tensor'", "tp, cp, pp, dp_replicate, dp_shard, sequence_parallel"]),
+        ("layout: {tensor: 3}", ["'layout.tensor'", "tp, cp, cp_ring, pp, pp_chunks, pp_layers, dp_replicate"]),
         ("layout: 3", ["layout is 3", "section"]),
         ("steps: many", ["steps is 'many'", "whole number"]),
         ("steps: 2.5", ["steps is 2.5", "whole number"]),
