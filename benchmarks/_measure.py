@@ -1,6 +1,7 @@
 """How every benchmark here measures: both sides in one run, taking turns, medians, one JSON line last."""
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -46,7 +47,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace, lines: list[str], result: dict[str, Any]) -> None:
-    """The table for people unless --json, then the JSON line."""
+    """The table for people unless --json, then the JSON line, with the day."""
     if not options.json:
         print("\n".join(lines))
-    print(json.dumps(result))
+    print(json.dumps({**result, "date": datetime.date.today().isoformat()}))

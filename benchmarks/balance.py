@@ -14,7 +14,6 @@ ties the ranks at each, and a step costs the sum over the micro-batches of the d
 
 import statistics
 from collections.abc import Iterator
-from datetime import date
 from typing import NamedTuple
 
 import numpy as np
@@ -277,7 +276,6 @@ def main() -> None:
             "unit": "percent FLOP imbalance (max / mean - 1), mean over steps, 32 ranks",
             "baseline": {name: row["mean_percent"] for name, row in tables[32].items() if name != "planner"},
             "ratio": round(ours["mean_percent"] / lpt["mean_percent"], 3),
-            "date": date.today().isoformat(),
             "p95_percent": ours["p95_percent"],
             "real_tokens_percent": ours["real_tokens_percent"],
             "planner_ms_for_512_samples": timed["planner"],
