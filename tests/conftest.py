@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import launch  # noqa: F401 - it tells the fork server what to load, before any test starts it
+
 MakeRun = Callable[..., Path]
 
 

@@ -27,6 +27,9 @@ PRELOAD = (
     "goku_mega.train.loop",  # with megatron-core: seconds of every rank's start
 )  # fmt: skip
 
+# At import, which conftest.py does for every test: a server that another test has started first has loaded nothing.
+multiprocessing.set_forkserver_preload([name for name in PRELOAD if importlib.util.find_spec(name.split(".")[0])])
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or ran out of time; the message carries each failing rank's traceback."""
@@ -70,7 +73,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> Running:
     """Start the processes and return at once, for tests that kill some of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in PRELOAD if importlib.util.find_spec(name.split(".")[0])])
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     payload = pickle.dumps((function, args))
     processes: list[BaseProcess] = []

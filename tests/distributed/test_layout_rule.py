@@ -11,6 +11,8 @@ from goku_mega.config import DataConfig, FlowRun, LayoutConfig, OptimizerConfig
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 LAYOUTS = {
     "tp2": (2, LayoutConfig(tp=2)),

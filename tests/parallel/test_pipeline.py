@@ -25,6 +25,8 @@ from goku_mega.parallel.pipeline import chunk_layers, forward_backward
 from goku_mega.seeding import derive_seed
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 SHAPE = ModelShape(layers=6, hidden_size=24, ffn_hidden_size=48, heads=2, latent_channels=4, text_width=8)
 PACKS = (
     ((1, 4, 4), (2, 2, 4)),
