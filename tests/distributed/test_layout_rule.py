@@ -1,14 +1,13 @@
 """The layout never changes the run: losses and gradient norms agree in every layout, to rounding."""
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from parity import write_dataset
 
 from goku_mega.config import DataConfig, FlowRun, LayoutConfig, OptimizerConfig
-from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
 from launch import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -33,22 +32,8 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Images and videos of six shapes, whose token counts do not divide evenly."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    shapes = itertools.cycle([(1, 8, 8), (3, 8, 8), (2, 6, 10), (1, 2, 2), (3, 6, 6), (1, 10, 6)])
-    samples = [
-        EncodedSample(
-            f"sample-{number:03d}",
-            rng.standard_normal((16, *shape)).astype(np.float32),
-            rng.standard_normal((3 + number % 5, 64)).astype(np.float32),
-            {"caption": ""},
-        )
-        for number, shape in zip(range(36), shapes, strict=False)
-    ]
-    write_index(folder / "index.parquet", write_shard(folder / "shards" / "00000.tar", samples))
-    np.save(folder / NULL_TEXT, rng.standard_normal((1, 64)).astype(np.float32))
-    (folder / "dataset.json").write_text('{"latent_channels": 16, "text_width": 64, "text": "none", "vae": "none"}')
+    write_dataset(folder)
     return folder
 
 
