@@ -16,13 +16,12 @@ import os
 import re
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._measure import device_name
+from benchmarks._measure import device_name, report
 from goku_mega.config import DataConfig, FlowRun, RecomputeConfig
 from goku_mega.model.sizes import model_shape
 from goku_mega.plan.activations import Pack
@@ -68,19 +67,18 @@ def main() -> None:
         return
     rows = [row_of(name) for name in options.only]
     worst = max(abs(row["error"]) for row in rows)
-    if not options.json:
-        for row in rows:
-            usual = "" if ON_GPU else f"   (usual malloc {row['usual_malloc_gb']:.3f} GB)"
-            print(
-                f"{row['case']:16} measured {row['measured_gb']:7.3f} GB  plan {row['predicted_gb']:7.3f} GB  "
-                f"{row['error']:+.1%}{usual}"
-            )
+    lines = []
+    for row in rows:
+        usual = "" if ON_GPU else f"   (usual malloc {row['usual_malloc_gb']:.3f} GB)"
+        lines.append(
+            f"{row['case']:16} measured {row['measured_gb']:7.3f} GB  plan {row['predicted_gb']:7.3f} GB  "
+            f"{row['error']:+.1%}{usual}"
+        )
     result = {
         "name": "memory", "value": round(worst, 4), "unit": "largest relative error of the plan", "baseline": LIMIT,
-        "ratio": round(worst / LIMIT, 3), "device": device_name(),
-        "date": date.today().isoformat(), "cases": rows,
+        "ratio": round(worst / LIMIT, 3), "device": device_name(), "cases": rows,
     }  # fmt: skip
-    print(json.dumps(result))
+    report(options, lines, result)
 
 
 def row_of(name: str) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks._measure import alternate, arguments, device_name, ratio, report
+from benchmarks.packing import Stack
 from goku_mega.config import ComputeConfig
 from goku_mega.data.packing import pack_prompts, token_positions
 from goku_mega.model.rope import rotary_from_positions
@@ -146,19 +147,6 @@ def goku(compute: ComputeConfig, latent: tuple[int, int, int], device: torch.dev
         model(batch).float().square().mean().backward()
 
     return Side(step, flops)
-
-
-class Stack(nn.Module):
-    """Blocks in a row."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, *arguments)
-        return x
 
 
 def inputs(latent: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

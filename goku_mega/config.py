@@ -25,6 +25,16 @@ def _require_at_least(smallest: int, config: object, *names: str, section: str =
         _require(value >= smallest, f"{section}{name} is {value}; it must be {smallest} or more")
 
 
+def _require_side(name: str, pixels: int) -> None:
+    """Height or width: the codec's stride of 8, and patches of two cells."""
+    _require(pixels >= 16 and pixels % 16 == 0, f"{name} is {pixels}; it must be a multiple of 16")
+
+
+def _require_clip_length(frames: int) -> None:
+    """The codec's strides: one latent frame for the first frame, one for every four after it."""
+    _require(frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
     """Degrees of parallelism asked for; `parallel.layout` fits them to a number of processes."""
@@ -353,13 +363,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _require_at_least(1, self, "steps", "fps", "threads")
         for name in ("height", "width"):
-            value = getattr(self, name)
-            _require(value >= 16 and value % 16 == 0, f"{name} is {value}; it must be a multiple of 16")
-        # The codec's strides: one latent frame for the first frame, one for every four after it.
-        _require(
-            self.frames >= 1 and self.frames % 4 == 1,
-            f"frames is {self.frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...",
-        )
+            _require_side(name, getattr(self, name))
+        _require_clip_length(self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,12 +454,10 @@ class PlanConfig:
                 f"{name} has {count} numbers but frames has {len(self.frames)}; give as many, or one for all",
             )
         for frames in self.frames:
-            _require(
-                frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ..."
-            )
+            _require_clip_length(frames)
         for name in ("height", "width"):
-            for value in getattr(self, name):
-                _require(value >= 16 and value % 16 == 0, f"{name} is {value}; it must be a multiple of 16")
+            for pixels in getattr(self, name):
+                _require_side(name, pixels)
         _require(min(self.share, default=1.0) > 0, f"share is {list(self.share)}; each must be above 0")
         unknown = [policy for policy in self.policies if policy not in ("off", "selective", "full")]
         _require(

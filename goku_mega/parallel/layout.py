@@ -152,5 +152,11 @@ def pipeline_layers(config: LayoutConfig, shape: ModelShape) -> tuple[int, ...]:
     return tuple(base + (first_longer <= number < first_longer + longer) for number in range(count))
 
 
+def divisors(number: int) -> list[int]:
+    """Every degree that splits `number` evenly, ascending."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def _divisors(number: int) -> str:
-    return "{" + ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) + "}"
+    """`divisors`, as the messages show them."""
+    return "{" + ", ".join(map(str, divisors(number))) + "}"

@@ -184,7 +184,8 @@ def tensor_parallel_dims(module: nn.Module, engine: Engine) -> dict[str, int]:
             dims[f"{prefix}.weight"] = 1
         elif isinstance(part, InnerRMSNorm):
             dims[f"{prefix}.weight"] = 0
-    return {name: dim for name, dim in dims.items() if name in dict(module.named_parameters())}
+    names = {name for name, _ in module.named_parameters()}  # not every layer has a bias
+    return {name: dim for name, dim in dims.items() if name in names}
 
 
 def token_split_parameters(module: GokuTransformer) -> frozenset[str]:

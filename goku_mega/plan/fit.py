@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from goku_mega.config import FlowRun, LayoutConfig, PlanConfig, RecomputeConfig
 from goku_mega.errors import ConfigError, LayoutError
 from goku_mega.model.sizes import ModelShape, model_shape
-from goku_mega.parallel.layout import Layout, resolve
+from goku_mega.parallel.layout import Layout, divisors, resolve
 from goku_mega.plan.activations import Numerics
 from goku_mega.plan.devices import Gpu, gpu_named
 from goku_mega.plan.memory import POLICIES, Job, RankMemory, rank_memory
@@ -147,11 +147,11 @@ def search(config: PlanConfig, shape: ModelShape, gpu: Gpu, work: Workload, nume
 
 def candidates(gpus: int, per_node: int) -> Iterator[LayoutConfig]:
     """Every product of degrees that makes `gpus`: tensor parallel inside a node, replicas of whole FSDP groups."""
-    for tp in (degree for degree in _divisors(gpus) if degree <= per_node):
-        for pp in _divisors(gpus // tp):
-            for cp in _divisors(gpus // tp // pp):
+    for tp in (degree for degree in divisors(gpus) if degree <= per_node):
+        for pp in divisors(gpus // tp):
+            for cp in divisors(gpus // tp // pp):
                 dp = gpus // tp // pp // cp
-                degrees = ((ring, replicate) for ring in _divisors(cp) for replicate in _divisors(dp))
+                degrees = ((ring, replicate) for ring in divisors(cp) for replicate in divisors(dp))
                 for ring, replicate in degrees:
                     for chunks in range(1, MAX_CHUNKS + 1 if pp > 1 else 2):
                         yield LayoutConfig(
@@ -199,9 +199,7 @@ def decide_recompute(
     """
     kinds = tuple(Kind(tokens, text, count) for (tokens, text), count in Counter(lengths).items())
     work = Workload(kinds, run.data.samples_per_step, run.data.max_tokens_per_rank)
-    job = replace(
-        _job(shape, layout, work, device.numerics, run.optimizer.name), process_bytes=device.process_bytes
-    )  # fmt: skip
+    job = _job(shape, layout, work, device.numerics, run.optimizer.name, device.process_bytes)
     recompute = run.recompute
     if recompute.policy == "auto":
         recompute = choose_recompute(job, recompute.memory_gb * GB or device.memory_bytes)
@@ -220,7 +218,12 @@ def decide_recompute(
 
 
 def _job(
-    shape: ModelShape, layout: Layout, work: Workload, numerics: Numerics, optimizer: Literal["adamw", "muon"]
+    shape: ModelShape,
+    layout: Layout,
+    work: Workload,
+    numerics: Numerics,
+    optimizer: Literal["adamw", "muon"],
+    process_bytes: float = 0.0,
 ) -> Job:
     return Job(
         shape=shape,
@@ -229,6 +232,7 @@ def _job(
         numerics=numerics,
         micro_batches=work.micro_batches(layout),
         optimizer=optimizer,
+        process_bytes=process_bytes,
     )
 
 
@@ -314,7 +318,3 @@ def _parts(memory: RankMemory) -> str:
 def _recompute_words(recompute: RecomputeConfig) -> str:
     among = f" of the first {recompute.first} blocks" if recompute.first >= 0 else ""
     return recompute.policy + (among if recompute.policy != "off" else "")
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
