@@ -251,14 +251,22 @@ def checkpoints(run: FlowRun) -> Path:
 
 
 def planned_device(run: FlowRun, device: torch.device, stored: torch.dtype, computed: torch.dtype) -> Device:
-    """What the plan takes a rank to have: its GPU, or its share of this host's memory."""
-    if device.type == "cuda":
-        numerics = Numerics(stored.itemsize, computed.itemsize, gpu=True, fused=run.compute.fused == "auto")
-        memory = torch.cuda.get_device_properties(device).total_memory * USABLE_SHARE
-        return Device(torch.cuda.get_device_name(device), memory, numerics)
-    numerics = Numerics(stored.itemsize, computed.itemsize, gpu=False, fused=False)
-    memory = host_memory_bytes() / environment.local_world_size()
-    return Device("a rank's share of this host", memory, numerics, process_bytes())
+    """What the plan takes a rank to have: its GPU, or its share of its host's memory.
+
+    The least of any rank's, so that all decide alike: one that alone recomputed or refused would leave the others
+    waiting in a collective.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
+        memory, process = torch.cuda.get_device_properties(device).total_memory * USABLE_SHARE, 0.0
+    else:
+        name = "a rank's share of this host"
+        memory, process = host_memory_bytes() / environment.local_world_size(), process_bytes()
+    least = torch.tensor([memory, -process], dtype=torch.float64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    numerics = Numerics(stored.itemsize, computed.itemsize, gpu=on_gpu, fused=on_gpu and run.compute.fused == "auto")
+    return Device(name, least[0].item(), numerics, -least[1].item())
 
 
 def dtypes(precision: Precision, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
