@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -47,6 +47,24 @@ COMMANDS = {
     "checkpoint verify": Command(
         "read every file of a run's checkpoints", "CheckpointFolder", "goku_mega.checkpoint.tools:verify"
     ),
+    "checkpoint inspect": Command(
+        "what a checkpoint holds, and of which run", "InspectConfig", "goku_mega.checkpoint.tools:inspect"
+    ),
+    "checkpoint diff": Command("where two checkpoints differ", "DiffConfig", "goku_mega.checkpoint.diff:diff"),
+    "checkpoint reshard": Command(
+        "a checkpoint in other files or another dtype", "ReshardConfig", "goku_mega.checkpoint.rewrite:reshard"
+    ),
+    "checkpoint export": Command(
+        "weights -> safetensors or diffusers' folders", "ExportConfig", "goku_mega.checkpoint.export:export"
+    ),
+    "checkpoint import": Command(
+        "safetensors or diffusers' folders -> checkpoint",
+        "ImportConfig",
+        "goku_mega.checkpoint.importing:import_weights",
+    ),
+    "checkpoint prune": Command(
+        "delete checkpoints that are no longer wanted", "PruneConfig", "goku_mega.checkpoint.tools:prune"
+    ),
     "plan": Command("which layouts fit some GPUs, and how fast they are", "PlanConfig", "goku_mega.plan.fit:plan"),
     "doctor": Command("show what this machine has of what goku_mega can use", "NoConfig", "goku_mega.doctor:doctor"),
 }
@@ -54,8 +72,16 @@ TASKS = {
     "flow": COMMANDS["train"],
     "vae": Command("train a small codec on a corpus", "VaeRun", "goku_mega.train.vae:train_vae"),
 }
-POSITIONAL = {"CheckpointFolder": "path"}
-"""Settings that may be given without their name."""
+POSITIONAL = {
+    "CheckpointFolder": ("path",),
+    "InspectConfig": ("path",),
+    "PruneConfig": ("path",),
+    "DiffConfig": ("first", "second"),
+    "ReshardConfig": ("checkpoint", "output"),
+    "ExportConfig": ("checkpoint", "output"),
+    "ImportConfig": ("source", "output"),
+}
+"""Settings that may be given without their names, in this order."""
 SWITCHES = ("--help", "--print-config", "--json")
 HELP_WORDS = ("-h", "--help")
 
@@ -118,8 +144,7 @@ def _run(words: list[str]) -> int:
 
 def _call(command: Command, config: Any) -> dict[str, Any]:
     module, function = command.function.split(":")
-    argument = Path(config.path) if isinstance(config, configs.CheckpointFolder) else config
-    return getattr(importlib.import_module(module), function)(argument)
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def _task(options: Arguments) -> Command:
@@ -165,12 +190,13 @@ def _read(words: list[str], command: Command) -> Arguments:
 
     yes_or_no = {setting.name for setting in settings(getattr(configs, command.config)) if setting.kind is bool}
     file, overrides, switches = None, [], set()
+    unnamed = iter(POSITIONAL.get(command.config, ()))
     rest = iter(words)
     for word in rest:
         if word in SWITCHES or word in HELP_WORDS:
             switches.add("--help" if word in HELP_WORDS else word)
             continue
-        name, value = _name_and_value(word, rest, command, yes_or_no)
+        name, value = _name_and_value(word, rest, unnamed, yes_or_no)
         if name == "config":
             file = Path(value)
         else:
@@ -178,13 +204,14 @@ def _read(words: list[str], command: Command) -> Arguments:
     return Arguments(file, overrides, frozenset(switches))
 
 
-def _name_and_value(word: str, rest: Any, command: Command, yes_or_no: set[str]) -> tuple[str, str]:
+def _name_and_value(word: str, rest: Iterator[str], unnamed: Iterator[str], yes_or_no: set[str]) -> tuple[str, str]:
     name, equals, value = word.partition("=")
     if not word.startswith("--"):
         if equals:
             return name, value
-        if command.config in POSITIONAL and not word.startswith("-"):
-            return POSITIONAL[command.config], word
+        setting = None if word.startswith("-") else next(unnamed, None)
+        if setting is not None:
+            return setting, word
         raise ConfigError(f"command line: {word!r} is not understood; write name=value or --name value")
     name = name[2:].replace("-", "_")
     if equals:
@@ -206,8 +233,8 @@ def _overview(commands: dict[str, Command]) -> str:
 
 
 def _help(name: str, command: Command) -> str:
-    positional = POSITIONAL.get(command.config, "").upper()
-    usage = f"usage: goku-mega {name} {positional + ' ' if positional else ''}[--config FILE.yaml] [name=value ...]"
+    unnamed = "".join(f"{setting.upper()} " for setting in POSITIONAL.get(command.config, ()))
+    usage = f"usage: goku-mega {name} {unnamed}[--config FILE.yaml] [name=value ...]"
     blocks = [f"{usage}\n  {command.about}", f"settings ({command.config}):\n{_settings(command)}"]
     if name == "train":
         blocks.append(f"settings with `task: vae` (VaeRun):\n{_settings(TASKS['vae'])}")

@@ -216,9 +216,32 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3
     """Newest committed checkpoints kept; older ones are deleted after a newer one is committed."""
+    keep_every_steps: int = 0
+    """Checkpoints of every multiple of this many steps are kept for ever; 0: none."""
+    keep_best: int = 0
+    """This many with the lowest training loss since the save before are kept, too."""
+    store: str = ""
+    """Folder of the checkpoints that all ranks see: a path, or an fsspec URL such as s3://bucket/run; empty:
+    `checkpoints` in the run folder."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "every_steps", "keep", section="checkpoint.")
+        _require_at_least(0, self, "keep_every_steps", "keep_best", section="checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights that a new run starts from; its optimizer and its steps are new."""
+
+    checkpoint: str = ""
+    """A run folder (its newest intact checkpoint is used) or one checkpoint folder; empty: weights from the seed."""
+    weights: Literal["ema", "model"] = "ema"
+    fresh: tuple[str, ...] = ()
+    """Patterns of names of parameters that keep their values from the seed: those the checkpoint lacks, or has in
+    another shape (`image_projection.*`)."""
+
+    def __post_init__(self) -> None:
+        _require(not self.fresh or bool(self.checkpoint), "init.fresh is set; it needs init.checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +268,7 @@ class FlowRun:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "steps", "threads_per_rank")
@@ -406,7 +430,101 @@ class CheckpointFolder:
     """`goku-mega checkpoint list` and `verify`."""
 
     path: str
-    """A run folder, its `checkpoints`, or one checkpoint."""
+    """A run folder, its `checkpoints`, or one checkpoint; a path or a URL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`goku-mega checkpoint inspect`: what one checkpoint holds, from its lists alone."""
+
+    path: str
+    """One checkpoint, or a run folder of which the newest is taken; a path or a URL."""
+    tensors: str = ""
+    """Pattern of names of tensors to list (`ema/*`); empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """`goku-mega checkpoint diff`: where two checkpoints differ."""
+
+    first: str
+    """A run folder (its newest intact checkpoint is used) or one checkpoint; a path or a URL."""
+    second: str
+    """The other one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """`goku-mega checkpoint prune`: delete checkpoints that are no longer wanted."""
+
+    path: str
+    """A run folder or its `checkpoints`; a path or a URL."""
+    keep: int = 3
+    """Newest intact checkpoints to keep."""
+    keep_every_steps: int = 0
+    """Keep those of every multiple of this many steps, too; 0: none."""
+    keep_best: int = 0
+    """Keep this many with the lowest training loss, too."""
+    delete: bool = False
+    """Delete them; without it, only say which would go."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "keep")
+        _require_at_least(0, self, "keep_every_steps", "keep_best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`goku-mega checkpoint export`: a checkpoint's weights to files that others read."""
+
+    checkpoint: str
+    """A run folder (its newest intact checkpoint is used) or one checkpoint folder."""
+    output: str
+    """The folder to write; it must not exist yet."""
+    style: Literal["safetensors", "diffusers"] = "safetensors"
+    """safetensors: the transformer's weights with a model card; diffusers: a folder each for the transformer, its
+    encoders and its scheduler."""
+    weights: Literal["ema", "model"] = "ema"
+    dtype: Literal["stored", "bf16", "fp16", "fp32", "fp64"] = "stored"
+    """What the numbers are written as; stored: as they are in the checkpoint."""
+    max_file_gb: float = 5.0
+    """Largest file of weights, GB; more than that is divided over files with an index. 0: one file."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "max_file_gb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """`goku-mega checkpoint import`: weights in safetensors to a checkpoint to sample or to train from."""
+
+    source: str
+    """A .safetensors file, a folder with one or with several and their index, or a folder in diffusers' style."""
+    output: str
+    """The folder of checkpoints to write; it must not hold any yet."""
+    weights: Literal["both", "ema", "model"] = "both"
+    """Stored as the model's weights, as their moving average, or as both."""
+    vae: str = ""
+    """VAE to sample with: `tiny`, a folder or a hub name; empty: the one that the source has or names."""
+    text: str = ""
+    """Text encoder to sample with: a folder or a hub name; empty: the one that the source has or names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardConfig:
+    """`goku-mega checkpoint reshard`: a checkpoint in other files, or in another dtype."""
+
+    checkpoint: str
+    """A run folder (its newest intact checkpoint is used) or one checkpoint folder."""
+    output: str
+    """The folder of checkpoints to write; it must not hold any yet."""
+    files: int = 1
+    """Data files, of equal size."""
+    dtype: Literal["stored", "bf16", "fp16", "fp32", "fp64"] = "stored"
+    """What floating-point numbers are written as, those of the optimizer, too; stored: as they are."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "files")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,10 @@
 """Every environment variable this package reads: the launcher's."""
 
+import functools
+import importlib.metadata
 import os
+import subprocess
+from pathlib import Path
 
 
 def rank() -> int:
@@ -22,3 +26,25 @@ def local_world_size() -> int:
 
 def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def master_address() -> str:
+    """The host of rank 0, as every rank reaches it."""
+    one_host = local_world_size() == world_size()
+    return "127.0.0.1" if one_host else os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+@functools.cache
+def code_version() -> str:
+    """The version of this package, and in a checkout the commit: `0.1.0 3f2a91c`, with `+` if files were changed."""
+    folder = Path(__file__).parent
+    try:
+        version = importlib.metadata.version("goku-mega")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return f"{version} {commit}".strip()

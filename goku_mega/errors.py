@@ -7,6 +7,7 @@ GokuError
     ├── DataError        a corpus, a shard or an index
     ├── MediaError       one video or image file
     ├── CheckpointError  a checkpoint that is missing, damaged or of another model
+    │   └── DamagedCheckpoint   its files are not what was written: an older one may be
     └── MissingExtra     an optional dependency that is not installed
 
 Everything else that escapes is a bug and keeps its traceback.
@@ -39,6 +40,10 @@ class MediaError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or holds another model."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was written; another checkpoint may still be whole."""
 
 
 class MissingExtra(UserError):

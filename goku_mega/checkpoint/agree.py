@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from goku_mega.errors import CheckpointError, UserError
 
@@ -58,30 +57,42 @@ class Ranks:
         value, error = None, None
         try:
             value = work()
-        except (Exception, CheckpointException) as caught:
+        except Exception as caught:
             error = caught
-        outcomes = self.gather((value, _failures(self.rank, error) if error else []))
-        failures = {failure.rank: failure for _, of_rank in outcomes for failure in of_rank}
+        outcomes = self.gather((value, _describe(self.rank, error) if error else None))
+        failures = [failure for _, failure in outcomes if failure is not None]
         if failures:
-            raise _as_error(doing, list(failures.values())) from error
+            raise _as_error(doing, failures) from error
         return [result for result, _ in outcomes]
+
+    def each(self, doing: str, work: Callable[[], Result]) -> Result:
+        """As `together`, but every rank keeps its own result, which need not be one that can travel."""
+        own: list[Result] = []
+        self.together(doing, lambda: own.append(work()))
+        return own[0]
 
     def first(self, doing: str, work: Callable[[], Result]) -> Result:
         """Run `work` on rank 0 only and give its result to every rank; if it fails, raise on every rank."""
-        results = self.together(doing, work if self.rank == 0 else lambda: None)
-        return results[0]  # type: ignore[return-value]
-
-
-def _failures(rank: int, error: BaseException) -> list[_Failure]:
-    if isinstance(error, CheckpointException):  # torch's own collection of what failed where
-        return [_describe(of_rank, cause) for of_rank, (cause, _) in error.failures.items()]
-    return [_describe(rank, error)]
+        outcome: list[Any] = [None]
+        error = None
+        if self.rank == 0:
+            try:
+                outcome = [(work(), None)]
+            except Exception as caught:
+                error = caught
+                outcome = [(None, _describe(0, caught))]
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, group_src=0, group=self.group)
+        result, failure = outcome[0]
+        if failure is not None:
+            raise _as_error(doing, [failure]) from error
+        return result
 
 
 def _describe(rank: int, error: BaseException) -> _Failure:
     if isinstance(error, UserError):
         return _Failure(rank, str(error), "user")
-    if isinstance(error, OSError | MemoryError | EOFError) or "PytorchStreamWriter" in str(error):
+    if isinstance(error, OSError | MemoryError | EOFError):
         return _Failure(rank, f"{type(error).__name__}: {error}", "system")
     return _Failure(rank, "".join(traceback.format_exception(error)), "bug")
 

@@ -1,42 +1,147 @@
 """Finds the newest whole checkpoint and fills any rank's boxes from it, whatever layout wrote it.
 
-Reading never changes a folder of checkpoints, so it is safe beside a run that writes there.
+Every byte is checked as it is read, so what is damaged is passed over and said, and never loaded. Reading never
+changes a folder of checkpoints, so it is safe beside a run that writes there.
 """
 
 import json
 import logging
-import math
-import pickle
-from collections.abc import Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from goku_mega.checkpoint.agree import Ranks
+from goku_mega.checkpoint.index import Index
 from goku_mega.checkpoint.manifest import (
+    INDEX,
     INFO,
-    Found,
+    FileRecord,
     committed,
     content_fault,
     is_checkpoint,
+    read_checked,
     read_manifest,
     size_fault,
 )
+from goku_mega.checkpoint.reading import read_boxes
 from goku_mega.checkpoint.save import FORMAT
-from goku_mega.checkpoint.state import ShardLoadPlanner, State, belongs_to, stored_shards
-from goku_mega.errors import CheckpointError
+from goku_mega.checkpoint.state import State, belongs_to, stored_shards
+from goku_mega.checkpoint.storage import Folder, LocalFolder, open_folder
+from goku_mega.errors import CheckpointError, DamagedCheckpoint
 from goku_mega.parallel.shards import Shard
 
 logger = logging.getLogger(__name__)
 
+Place = Path | str
+"""A path, or an fsspec URL."""
+Result = TypeVar("Result")
 
-def find_latest(folder: Path, *, verify: bool = True, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest whole checkpoint in `folder`, the same one on every rank; None if there is none at all.
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that has been opened: what is in it, but none of its tensors yet."""
+
+    folder: Folder
+    index: Index
+    info: dict[str, Any]
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def open(cls, place: Place, *, group: dist.ProcessGroup | None = None) -> "Stored":
+        """Open one checkpoint folder; rank 0 reads for all.
+
+        Raises:
+            DamagedCheckpoint: its manifest, its index or its info is missing or damaged, or a file has another size.
+            CheckpointError: a newer goku_mega wrote it.
+        """
+        ranks = Ranks.of(group)
+        folder = open_folder(place)
+        content = ranks.first(f"opening {place}", lambda: _read_small(folder))
+        if isinstance(content, str):
+            raise DamagedCheckpoint(content)
+        return cls(folder, Index.from_bytes(content[0]), _parsed(content[1], folder), group)
+
+    def fill(self, shards: Mapping[str, Shard]) -> None:
+        """Fill boxes, by stored name, in place; another dtype is converted. Every rank calls it with its own boxes.
+
+        Raises:
+            DamagedCheckpoint: on every rank, if a file is not what was written.
+            CheckpointError: on every rank, if it cannot be read.
+        """
+        try:
+            read_boxes(self.folder, self.index, shards, Ranks.of(self.group))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
+
+
+def load_newest(
+    place: Place, load: Callable[[Stored], Result], *, group: dist.ProcessGroup | None = None
+) -> tuple[Stored, Result] | None:
+    """Load the newest checkpoint of a folder of them that `load` reads without finding it damaged; None if none is
+    there. What is passed over is said, and why.
+
+    Args:
+        load: fills what it fills from an opened checkpoint; it may have to begin again with an older one.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    ranks = Ranks.of(group)
+    places = ranks.first(
+        f"looking for checkpoints in {place}",
+        lambda: [(found.step, location(found.folder)) for found in committed(open_folder(place))],
+    )
+    damaged: list[tuple[int, str]] = []
+    for step, candidate in places:
+        try:
+            stored = Stored.open(candidate, group=group)
+            result = load(stored)
+        except DamagedCheckpoint as error:
+            damaged.append((step, str(error)))
+            continue
+        if ranks.rank == 0:
+            _warn_passed_over(damaged, step)
+        return stored, result
+    if damaged:
+        raise CheckpointError(_none_is_whole(place, damaged))
+    return None
+
+
+def load_named(place: Place, load: Callable[[Stored], Result]) -> tuple[Stored, Result]:
+    """Load the checkpoint that `place` means: itself, or the newest whole one in a run folder or a folder of them.
+
+    Raises:
+        CheckpointError: it is damaged, or no checkpoint is there.
+    """
+    folder = open_folder(place)
+    if is_checkpoint(folder):
+        if not folder.names():
+            raise CheckpointError(f"there is no checkpoint {place}; `goku-mega checkpoint list` shows those there are")
+        try:
+            stored = Stored.open(place)
+            return stored, load(stored)
+        except DamagedCheckpoint as error:
+            parent = Path(place).parent if isinstance(folder, LocalFolder) else place
+            message = f"{error}; choose another checkpoint (`goku-mega checkpoint list {parent}`)"
+            raise CheckpointError(message) from error
+    loaded = load_newest(location(run_checkpoints(folder)), load)
+    if loaded is None:
+        raise CheckpointError(
+            f"no checkpoint in {place}; give the output folder of `goku-mega train`, or one of its step_* folders"
+        )
+    return loaded
+
+
+def run_checkpoints(folder: Folder) -> Folder:
+    """The folder of checkpoints that a run folder, or itself, is."""
+    return folder.child("checkpoints") if "checkpoints" in folder.names() else folder
+
+
+def find_latest(place: Place, *, verify: bool = True, group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest whole checkpoint in a folder of them, the same one on every rank; None if there is none at all.
 
     A damaged one is passed over with a warning. `verify` reads every file and compares checksums, the files
     divided over the ranks; without it only names and sizes are looked at.
@@ -45,77 +150,70 @@ def find_latest(folder: Path, *, verify: bool = True, group: dist.ProcessGroup |
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     ranks = Ranks.of(group)
-    found = ranks.first(f"looking for checkpoints in {folder}", lambda: committed(folder))
-    damaged: list[tuple[Found, str]] = []
+    root = open_folder(place)
+    found = ranks.first(f"looking for checkpoints in {place}", lambda: committed(root))
+    damaged: list[tuple[int, str]] = []
     for candidate in found:
-        fault = _shared_fault(candidate.path, verify, ranks)
+        fault = _shared_fault(candidate.folder, verify, ranks)
         if fault is None:
-            _warn_passed_over(damaged, candidate, ranks)
-            return candidate.path
-        damaged.append((candidate, fault))
+            if ranks.rank == 0:
+                _warn_passed_over(damaged, candidate.step)
+            return location(candidate.folder)  # type: ignore[return-value]
+        damaged.append((candidate.step, fault))
     if damaged:
-        others = f", and {len(damaged) - 1} more are damaged" if len(damaged) > 1 else ""
-        raise CheckpointError(
-            f"{damaged[0][1]}{others}; no older checkpoint in {folder} is whole: "
-            "restore the files from a copy, or train into another folder"
-        )
+        raise CheckpointError(_none_is_whole(place, damaged))
     return None
 
 
-def open_checkpoint(path: Path, *, group: dist.ProcessGroup | None = None) -> Path:
-    """The whole checkpoint that `path` means: itself, or the newest in a run folder or a folder of checkpoints.
+def open_checkpoint(place: Place, *, group: dist.ProcessGroup | None = None) -> Path:
+    """The whole checkpoint that `place` means, after reading all of it: itself, or the newest in a run folder or a
+    folder of checkpoints.
 
     Raises:
-        CheckpointError: `path` is damaged, or no whole checkpoint is there.
+        CheckpointError: it is damaged, or no whole checkpoint is there.
     """
     ranks = Ranks.of(group)
-    if ranks.first(f"opening {path}", lambda: is_checkpoint(path)):
-        if not ranks.first(f"opening {path}", path.is_dir):
-            raise CheckpointError(f"there is no checkpoint {path}; `goku-mega checkpoint list` shows those there are")
-        fault = _shared_fault(path, True, ranks)
+    folder = open_folder(place)
+    if ranks.first(f"opening {place}", lambda: is_checkpoint(folder)):
+        fault = _shared_fault(folder, True, ranks)
         if fault is not None:
-            raise CheckpointError(f"{fault}; choose another checkpoint (`goku-mega checkpoint list {path.parent}`)")
-        return path
-    inner = path / "checkpoints"
-    latest = find_latest(inner if ranks.first(f"opening {path}", inner.is_dir) else path, group=group)
+            raise CheckpointError(f"{fault}; choose another checkpoint (`goku-mega checkpoint list`)")
+        return location(folder)  # type: ignore[return-value]
+    latest = find_latest(location(ranks.first(f"opening {place}", lambda: run_checkpoints(folder))), group=group)
     if latest is None:
         raise CheckpointError(
-            f"no checkpoint in {path}; give the output folder of `goku-mega train`, or one of its step_* folders"
+            f"no checkpoint in {place}; give the output folder of `goku-mega train`, or one of its step_* folders"
         )
     return latest
 
 
-def load_info(path: Path) -> dict[str, Any]:
-    """The JSON kept beside the tensors of the checkpoint folder `path`.
+def location(folder: Folder) -> Place:
+    """A folder as those outside of this package write it."""
+    return folder.path if isinstance(folder, LocalFolder) else str(folder)
+
+
+def load_info(place: Place) -> dict[str, Any]:
+    """The JSON kept beside the tensors of one checkpoint.
 
     Raises:
         CheckpointError: it cannot be read, or a newer goku_mega wrote it.
     """
-    file = path / INFO
+    folder = open_folder(place)
     try:
-        info = json.loads(file.read_bytes())
-        version = int(info["format"])
+        return _parsed(folder.read(INFO), folder)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{file} is damaged: it is not the JSON that was written") from None
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}, this goku_mega reads format {FORMAT}: "
-            "use the version of goku_mega that wrote it"
-        )
-    return info
+        raise DamagedCheckpoint(f"{folder}/{INFO} cannot be read ({error.strerror or error})") from None
 
 
 def load_into(
-    path: Path,
+    place: Place,
     state: State,
     *,
     parts: Sequence[str] | None = None,
     model: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill the boxes of `state` in place from the checkpoint folder `path`. Every rank calls it with its own boxes.
+    """Fill the boxes of `state` in place from one checkpoint. Every rank calls it with its own boxes.
 
     A tensor of another dtype is converted. `parts` limits it to some parts of `state`. `model` describes this run's
     model for the error message, in the same form as `info["model"]` of the checkpoint.
@@ -123,57 +221,78 @@ def load_into(
     Raises:
         CheckpointError: on every rank, if the checkpoint holds another model or cannot be read on one of them.
     """
-    ranks = Ranks.of(group)
+    fill(Stored.open(place, group=group), state, parts=parts, model=model)
+
+
+def fill(
+    stored: Stored, state: State, *, parts: Sequence[str] | None = None, model: Mapping[str, Any] | None = None
+) -> None:
+    """As `load_into`, from a checkpoint that is open."""
+    ranks = Ranks.of(stored.group)
     chosen = tuple(state) if parts is None else tuple(parts)
     shards = stored_shards(state, chosen)
 
     def check() -> set[str]:
-        metadata = _Reader(path).read_metadata()
-        _check_shapes(path, shards, metadata, model)
-        return {name for name in metadata.state_dict_metadata if belongs_to(name, chosen)} - set(shards)
+        _check_shapes(stored, shards, model)
+        return {tensor.name for tensor in stored.index.tensors if belongs_to(tensor.name, chosen)} - set(shards)
 
-    unclaimed = set.intersection(*ranks.together(f"reading {path}", check))
+    unclaimed = set.intersection(*ranks.together(f"reading {stored.folder}", check))
     if unclaimed:
-        name = min(unclaimed)
         raise CheckpointError(
-            f"{path} holds another model: it has {name} and {len(unclaimed) - 1} more tensors that this model has not"
-            f"{_sizes(path, model)}"
+            f"{stored.folder} holds another model: it has {min(unclaimed)} and {len(unclaimed) - 1} more tensors that "
+            f"this model has not{_sizes(stored, model)}"
         )
-    ranks.together(f"reading {path}", lambda: _read(path, shards))
+    stored.fill(shards)
 
 
-def _read(path: Path, shards: dict[str, Shard]) -> None:
-    reader = _Reader(path)
-    metadata = reader.read_metadata()
-    planner = ShardLoadPlanner(shards)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+def _read_small(folder: Folder) -> tuple[bytes, bytes] | str:
+    """Index and info, or what is wrong with the checkpoint."""
+    fault = size_fault(folder)
+    if fault is not None:
+        return fault
+    files: dict[str, FileRecord] = read_manifest(folder)
+    missing = {INDEX, INFO} - set(files)
+    if missing:
+        if INFO in files:
+            _parsed(folder.read(INFO), folder)  # an older format says so
+        return f"{folder} has no {min(missing)}"
     try:
-        reader.read_data(planner.plan(metadata), planner).wait()
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fault = content_fault(path)
-        if fault is None:
-            raise
-        raise CheckpointError(fault) from error
+        return read_checked(folder, INDEX, files[INDEX]), read_checked(folder, INFO, files[INFO])
+    except CheckpointError as error:
+        return str(error)
 
 
-def _check_shapes(path: Path, shards: dict[str, Shard], metadata: Metadata, model: Mapping[str, Any] | None) -> None:
+def _parsed(content: bytes, folder: Folder) -> dict[str, Any]:
+    try:
+        info = json.loads(content)
+        version = int(info["format"])
+    except (ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint(f"{folder}/{INFO} is damaged: it is not the JSON that was written") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {version}, this goku_mega reads format {FORMAT}: "
+            "use the version of goku_mega that wrote it"
+        )
+    return info
+
+
+def _check_shapes(stored: Stored, shards: Mapping[str, Shard], model: Mapping[str, Any] | None) -> None:
+    numbers = stored.index.by_name
     for name, shard in shards.items():
-        stored = metadata.state_dict_metadata.get(name)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(f"{path} holds another model: it has no {name}{_sizes(path, model)}")
-        if tuple(stored.size) != tuple(shard.global_shape):
+        if name not in numbers:
+            raise CheckpointError(f"{stored.folder} holds another model: it has no {name}{_sizes(stored, model)}")
+        shape = stored.index.tensors[numbers[name]].shape
+        if shape != tuple(shard.global_shape):
             raise CheckpointError(
-                f"{path} holds another model: {name} is {_shape(stored.size)} in the checkpoint "
-                f"and {_shape(shard.global_shape)} here{_sizes(path, model)}"
+                f"{stored.folder} holds another model: {name} is {_shape(shape)} in the checkpoint "
+                f"and {_shape(shard.global_shape)} here{_sizes(stored, model)}"
             )
-        if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(stored.size):
-            raise CheckpointError(f"{path} is incomplete: parts of {name} were never written")
 
 
-def _sizes(path: Path, model: Mapping[str, Any] | None) -> str:
+def _sizes(stored: Stored, model: Mapping[str, Any] | None) -> str:
     """The two models, and what to do."""
-    stored = _describe_model(load_info(path).get("model"))
-    return f" (checkpoint: {stored}; here: {_describe_model(model)}); use the size of the checkpoint or another folder"
+    there = _describe_model(stored.info.get("model"))
+    return f" (checkpoint: {there}; here: {_describe_model(model)}); use the size of the checkpoint or another folder"
 
 
 def _describe_model(model: Any) -> str:
@@ -186,67 +305,29 @@ def _shape(size: Sequence[int]) -> str:
     return "x".join(str(length) for length in size) or "a scalar"
 
 
-def _shared_fault(path: Path, verify: bool, ranks: Ranks) -> str | None:
+def _shared_fault(folder: Folder, verify: bool, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, as all ranks together see it, each reading a share of the files."""
 
     def look() -> str | None:
-        fault = size_fault(path)
+        fault = size_fault(folder)
         if fault is not None or not verify:
             return fault
-        return content_fault(path, sorted(read_manifest(path))[ranks.rank :: ranks.world])
+        return content_fault(folder, sorted(read_manifest(folder))[ranks.rank :: ranks.world])
 
-    return next((fault for fault in ranks.together(f"verifying {path}", look) if fault is not None), None)
+    return next((fault for fault in ranks.together(f"verifying {folder}", look) if fault is not None), None)
 
 
-def _warn_passed_over(damaged: list[tuple[Found, str]], chosen: Found, ranks: Ranks) -> None:
-    if ranks.rank > 0:
-        return
-    for passed, fault in damaged:
+def _warn_passed_over(damaged: Sequence[tuple[int, str]], chosen: int) -> None:
+    for step, fault in damaged:
         logger.warning(
             "passed over the checkpoint of step %d: %s; going back to step %d loses %d steps",
-            passed.step, fault, chosen.step, passed.step - chosen.step,
+            step, fault, chosen, step - chosen,
         )  # fmt: skip
 
 
-def _enum_member(kind: Any, name: str) -> Enum:
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
-    raise pickle.UnpicklingError(f"an attribute {name!r} of {kind!r} does not belong in a checkpoint")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch keeps the list of tensors as a pickle; this one builds nothing else, so it runs no foreign code."""
-
-    ALLOWED = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
+def _none_is_whole(place: Place, damaged: Sequence[tuple[int, str]]) -> str:
+    others = f", and {len(damaged) - 1} more are damaged" if len(damaged) > 1 else ""
+    return (
+        f"{damaged[0][1]}{others}; no older checkpoint in {place} is whole: "
+        "restore the files from a copy, or train into another folder"
     )
-    METADATA = "torch.distributed.checkpoint.metadata"
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module == self.METADATA or (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 pickles members of enums
-            return _enum_member
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged or not trustworthy: {error}") from None
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata

@@ -5,20 +5,23 @@ attempt that was never committed. Nothing here needs torch.
 """
 
 import json
-import os
 import re
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+
+from goku_mega.checkpoint.index import BLOCK_BYTES, block_digests, digest_file
+from goku_mega.checkpoint.storage import Folder
 from goku_mega.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
-BLOCK_BYTES = 16 * 2**20
-_COMMITTED = re.compile(r"step_(\d{8,})(\.replaced\.\w+)?")
+INDEX = "index.safetensors"
+TORCH_METADATA = ".metadata"
+_COMMITTED = re.compile(r"step_(\d{8,})(\.replaced\.\w+|\.[0-9a-f]{12}-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class FileRecord:
     """What a file must be."""
 
     bytes: int
-    crc32: str
-    """Eight hexadecimal digits."""
+    xxh3: str
+    """`digest_file` of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,126 +38,131 @@ class Found:
     """A committed checkpoint in a folder, whole or not."""
 
     step: int
-    path: Path
+    folder: Folder
 
 
-def committed_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is once it is committed."""
-    return folder / f"step_{step:08d}"
-
-
-def committed(folder: Path) -> list[Found]:
-    """The committed checkpoints of `folder`, newest first.
+def committed(root: Folder) -> list[Found]:
+    """The committed checkpoints of `root`, newest first.
 
     `step_N.replaced.*` is the older of two checkpoints of step N; it counts, after the newer one, because a process
-    killed while it exchanges the two leaves only that.
+    killed while it exchanges the two leaves only that. In an object store every checkpoint carries the name of its
+    attempt, and is one only with a manifest.
     """
-    if not folder.is_dir():
-        return []
-    matches = [(_COMMITTED.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(match[1]), match[2] is None, path) for match, path in matches if match and path.is_dir()]
-    return [Found(step, path) for step, _, path in sorted(found, reverse=True)]
+    matches = [(_COMMITTED.fullmatch(name), name) for name in root.names()]
+    found = [(int(match[1]), match[2] is None, name) for match, name in matches if match]
+    folders = [(step, root.child(name), suffix) for step, suffix, name in sorted(found, reverse=True)]
+    return [
+        Found(step, folder) for step, folder, plain in folders
+        if (plain or ".replaced." in folder.name or MANIFEST in folder.names())
+    ]  # fmt: skip
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` means one checkpoint, whole or not, and not a folder of them."""
-    return (path / MANIFEST).exists() or _COMMITTED.fullmatch(path.name) is not None
+def is_checkpoint(folder: Folder) -> bool:
+    """Whether `folder` means one checkpoint, whole or not, and not a folder of them."""
+    return MANIFEST in folder.names() or _COMMITTED.fullmatch(folder.name) is not None
 
 
-def record_file(path: Path) -> FileRecord:
-    """Size and checksum of a file, read in blocks."""
-    size, checksum = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            size += len(block)
-            checksum = zlib.crc32(block, checksum)
-    return FileRecord(size, f"{checksum:08x}")
+def record_file(folder: Folder, name: str) -> FileRecord:
+    """Size and checksum of a file, read block by block."""
+    size = folder.size(name)
+    digests = [
+        xxhash.xxh3_64_intdigest(folder.read(name, start, min(BLOCK_BYTES, size - start)))
+        for start in range(0, size, BLOCK_BYTES)
+    ]
+    return FileRecord(size, digest_file(np.array(digests, dtype=np.uint64)))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the folder's entries (new names, renames) are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_manifest(path: Path, step: int, files: dict[str, FileRecord]) -> None:
-    """Write the manifest of the checkpoint folder `path`; it carries a checksum of itself."""
+def manifest_bytes(step: int, files: dict[str, FileRecord]) -> bytes:
+    """The manifest of a checkpoint; it carries a checksum of itself."""
     body = {"step": step, "files": {name: asdict(files[name]) for name in sorted(files)}}
-    write_json(path / MANIFEST, {**body, "crc32": _checksum(body)})
+    return json.dumps({**body, "xxh3": _checksum(body)}, indent=1).encode()
 
 
-def read_manifest(path: Path) -> dict[str, FileRecord]:
-    """The files that the checkpoint folder `path` must hold.
+def read_manifest(folder: Folder) -> dict[str, FileRecord]:
+    """The files that a checkpoint must hold.
 
     Raises:
         CheckpointError: the manifest is missing, damaged, or of another step than the folder's name.
     """
-    manifest = path / MANIFEST
+    named = f"{folder}/{MANIFEST}"
     try:
-        content = json.loads(manifest.read_bytes())
+        content = json.loads(folder.read(MANIFEST))
         body = {"step": content["step"], "files": content["files"]}
-        if content["crc32"] != _checksum(body):
-            raise CheckpointError(f"{manifest} does not match its own checksum")
+        if content["xxh3"] != _checksum(body):
+            raise CheckpointError(f"{named} does not match its own checksum")
         files = {name: FileRecord(**record) for name, record in body["files"].items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{manifest} is missing") from None
+        raise CheckpointError(f"{named} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{manifest} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{manifest} is damaged: it is not the JSON that was written") from None
-    match = _COMMITTED.fullmatch(path.name)
+        raise CheckpointError(f"{named} cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{named} is damaged: it is not the JSON that was written") from None
+    match = _COMMITTED.fullmatch(folder.name)
     if match and int(match[1]) != body["step"]:
-        raise CheckpointError(f"{manifest} is of step {body['step']}, not of the step in the folder's name")
+        raise CheckpointError(f"{named} is of step {body['step']}, not of the step in the folder's name")
     return files
 
 
 def _checksum(body: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+    return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def size_fault(path: Path) -> str | None:
-    """What a look at names and sizes finds wrong with the checkpoint folder `path`: one line, or None."""
+def size_fault(folder: Folder) -> str | None:
+    """What a look at names and sizes finds wrong with a checkpoint: one line, or None."""
     try:
-        files = read_manifest(path)
+        files = read_manifest(folder)
     except CheckpointError as error:
         return str(error)
     for name, record in files.items():
         try:
-            size = (path / name).stat().st_size
+            size = folder.size(name)
         except OSError:
-            return f"{path / name} is missing"
+            return f"{folder}/{name} is missing"
         if size != record.bytes:
-            return f"{path / name} has {size} bytes instead of {record.bytes}"
+            return f"{folder}/{name} has {size} bytes instead of {record.bytes}"
     return None
 
 
-def content_fault(path: Path, names: Iterable[str] | None = None) -> str | None:
+def content_fault(folder: Folder, names: Iterable[str] | None = None) -> str | None:
     """What reading the files finds wrong: one line, or None. `names` limits it to some files (a rank's share)."""
-    fault = size_fault(path)
+    fault = size_fault(folder)
     if fault:
         return fault
-    files = read_manifest(path)
+    files = read_manifest(folder)
     for name in sorted(files) if names is None else names:
         try:
-            read = record_file(path / name)
+            read = record_file(folder, name)
         except OSError as error:
-            return f"{path / name} cannot be read ({error.strerror})"
+            return f"{folder}/{name} cannot be read ({error.strerror or error})"
         if read != files[name]:
-            return f"{path / name} is damaged: its checksum is {read.crc32} instead of {files[name].crc32}"
+            return f"{folder}/{name} is damaged: its checksum is {read.xxh3} instead of {files[name].xxh3}"
     return None
 
 
-def total_bytes(path: Path) -> int:
-    """Bytes of all files in a checkpoint folder."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+def read_checked(folder: Folder, name: str, record: FileRecord) -> bytes:
+    """A small file's content, as it was written.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or is not what the manifest lists.
+    """
+    try:
+        content = folder.read(name)
+    except OSError as error:
+        raise CheckpointError(f"{folder}/{name} cannot be read ({error.strerror or error})") from None
+    read = record_bytes(content)
+    if read != record:
+        raise CheckpointError(f"{folder}/{name} is damaged: its checksum is {read.xxh3} instead of {record.xxh3}")
+    return content
+
+
+def record_bytes(content: bytes) -> FileRecord:
+    """What a file with this content must be."""
+    return FileRecord(len(content), digest_file(block_digests(content)))
+
+
+def total_bytes(folder: Folder) -> int:
+    """Bytes of the files that a checkpoint's manifest lists; of those there are, if it has none."""
+    try:
+        return sum(record.bytes for record in read_manifest(folder).values())
+    except CheckpointError:
+        return sum(folder.size(name) for name in folder.names())

@@ -1,44 +1,61 @@
-"""Writes a checkpoint and commits it by a rename: a folder with its final name is whole, or it does not exist.
+"""Saves a run's state: the training waits only until its tensors are copied, and that beside the next forward pass.
 
-Synchronous. Every rank calls `save_checkpoint`; if one fails, all raise and nothing is published.
-The files are those of torch.distributed.checkpoint, plus `info.json` and `manifest.json`.
+`Saver` is what training uses; `save_checkpoint` does the same at once and waits. A checkpoint is every rank's file, as
+torch.distributed.checkpoint would lay them out, an index with checksums, `info.json` and a manifest (see `commit`).
 """
 
 import logging
-import shutil
+import multiprocessing
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
 import time
 import uuid
-import warnings
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+from goku_mega import environment
 from goku_mega.checkpoint.agree import Ranks
-from goku_mega.checkpoint.manifest import (
-    INFO,
-    FileRecord,
-    committed,
-    committed_path,
-    record_file,
-    size_fault,
-    sync_folder,
-    write_json,
-    write_manifest,
+from goku_mega.checkpoint.commit import (
+    attempt_folder,
+    file_name,
+    joined,
+    publish,
+    retire,
+    take_over,
+    with_digests,
+    write_image,
 )
-from goku_mega.checkpoint.state import ShardSavePlanner, State, stored_shards
-from goku_mega.parallel.shards import Shard
+from goku_mega.checkpoint.image import Snapshot
+from goku_mega.checkpoint.index import Index
+from goku_mega.checkpoint.retention import Retention
+from goku_mega.checkpoint.save_plan import plan_rank
+from goku_mega.checkpoint.state import State, box_of, stored_shards
+from goku_mega.checkpoint.storage import Folder, open_folder
+from goku_mega.checkpoint.writer import Order, Outcome, Place
+from goku_mega.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of this layout of files and names; raised when an older reader could not read a newer folder."""
+ALERT_AFTER = 3
+"""Failed saves in a row after which the failure is an alert."""
+WRITER_STARTS = 3
+"""How often a killed writer process is started again for one save."""
+LEAVING_S = 10.0
+"""How long a save under way may take while the training ends by an error."""
 
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Path | str,
     step: int,
     state: State,
     info: dict[str, Any],
@@ -50,7 +67,8 @@ def save_checkpoint(
 
     Args:
         folder: holds the checkpoints of one run, on a file system that all ranks see.
-        info: plain JSON to keep beside the tensors; `step`, `format`, `torch`, `world` and `saved_at_s` are added.
+        info: plain JSON to keep beside the tensors; `step`, `format`, `torch`, `code`, `world` and `saved_at_s` are
+            added.
         keep: newest whole checkpoints kept, this one included; older ones are deleted.
         group: a gloo group over all ranks; None takes the default group. Needed where that is NCCL (see `agree`).
 
@@ -58,103 +76,280 @@ def save_checkpoint(
         CheckpointError: on every rank, if the disk of one failed. No checkpoint was published or lost.
     """
     ranks = Ranks.of(group)
+    root = open_folder(folder)
     doing = f"saving the checkpoint of step {step} in {folder}"
-    attempt = ranks.first(doing, lambda: _begin(folder, step))
+    token = ranks.first(doing, lambda: _take_over(root))
+    attempt = f"{token}-1"
     try:
-        shards = stored_shards(state, state)
-        written = ranks.together(doing, lambda: _write(attempt, shards, {**info, "step": step}, ranks))
-        files = {name: record for of_rank in written for name, record in of_rank.items()}
-        path = ranks.first(doing, lambda: _publish(attempt, step, files))
+        parts = ranks.together(doing, lambda: _write(root, step, attempt, state, ranks.rank))
+        about = {**info, "step": step, **_about(ranks), "saved_at_s": time.time()}
+        path = ranks.first(doing, lambda: str(publish(root, attempt, step, _joined(parts), about, token)))
     except BaseException:
         if ranks.rank == 0:
-            shutil.rmtree(attempt, ignore_errors=True)
+            attempt_folder(root, step, attempt).remove()
         raise
     if ranks.rank == 0:
-        _retire(folder, step, keep)
-    return path
+        retire(root, step, Retention(keep))
+    return Path(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what dead attempts left in `folder`. Only a process that owns the run may call it."""
-    for path in folder.glob("step_*.tmp.*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("step_*.replaced.*"):
-        if (folder / path.name.split(".")[0]).is_dir():
-            _delete(path)
+def _write(root: Folder, step: int, attempt: str, state: State, rank: int) -> bytes:
+    """Write this rank's file; returns its index."""
+    snapshot, index = _prepare(state, rank)
+    snapshot.begin()
+    snapshot.copy()
+    digests = write_image(attempt_folder(root, step, attempt), file_name(rank), snapshot.image.content)
+    return with_digests(index, [digests]).to_bytes()
 
 
-def _begin(folder: Path, step: int) -> Path:
-    """A new folder for this attempt; none is ever written to twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    attempt = folder / f"step_{step:08d}.tmp.{uuid.uuid4().hex[:12]}"
-    attempt.mkdir()
-    return attempt
+def _joined(parts: list[bytes]) -> Index:
+    return joined([Index.from_bytes(part) for part in parts])
 
 
-def _write(attempt: Path, shards: dict[str, Shard], info: dict[str, Any], ranks: Ranks) -> dict[str, FileRecord]:
-    """Write this rank's boxes; returns the records of the files that this rank wrote."""
-    _check_written_once(shards, ranks)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        metadata = dcp.save(
-            dict(shards),
-            # one thread: an error in a second one would be lost and a part of the tensors with it
-            storage_writer=dcp.FileSystemWriter(attempt, thread_count=1, overwrite=False, sync_files=True),
-            planner=ShardSavePlanner(),
-            process_group=ranks.group,
-        )
-    lost = sorted(set(shards) - set(metadata.state_dict_metadata))
-    if lost:
-        raise ValueError(f"no rank owns {lost[0]} (and {len(lost) - 1} more); it was not written")
-    own = list(attempt.glob(f"__{ranks.rank}_*"))
-    if ranks.rank == 0:
-        about = {"format": FORMAT, "torch": torch.__version__, "world": ranks.world, "saved_at_s": time.time()}
-        write_json(attempt / INFO, {**info, **about})
-        own += [attempt / INFO, attempt / ".metadata"]
-    return {path.name: record_file(path) for path in own}
+def _prepare(state: State, rank: int) -> tuple[Snapshot, Index]:
+    """Memory for this rank's file, and what the file holds."""
+    shards = stored_shards(state, state)
+    plan = plan_rank([box_of(name, shard) for name, shard in shards.items()])
+    snapshot = Snapshot(plan, {name: shard.tensor for name, shard in shards.items()})
+    return snapshot, plan.index(file_name(rank))
 
 
-def _check_written_once(shards: dict[str, Shard], ranks: Ranks) -> None:
-    """torch checks that the boxes of several ranks fill each tensor, but not those of a single one."""
-    if ranks.world == 1:
-        partial = [name for name, shard in shards.items() if not (shard.complete and shard.owner)]
-        if partial:
-            raise ValueError(f"this process alone must own all of {partial[0]}, but it holds or owns only a part")
+def _take_over(root: Folder) -> str:
+    token = uuid.uuid4().hex[:12]
+    take_over(root, token)
+    return token
 
 
-def _publish(attempt: Path, step: int, files: dict[str, FileRecord]) -> Path:
-    """Commit: once the rename is done, the checkpoint exists with every file it needs."""
-    write_manifest(attempt, step, files)
-    sync_folder(attempt)
-    final = committed_path(attempt.parent, step)
-    replaced = final.with_name(f"{final.name}.replaced.{uuid.uuid4().hex[:12]}")
-    if final.exists():  # saved before, or damaged and passed over; it stays a candidate until the new one is in place
-        final.rename(replaced)
-    attempt.rename(final)
-    sync_folder(attempt.parent)
-    if replaced.exists():
-        _delete(replaced)
-    return final
+def _about(ranks: Ranks) -> dict[str, Any]:
+    version = environment.code_version()
+    return {"format": FORMAT, "torch": torch.__version__, "code": version, "world": ranks.world}
 
 
-def _retire(folder: Path, step: int, keep: int) -> None:
-    """Delete what is older than the `keep` newest whole checkpoints up to `step`; the damaged do not count."""
-    whole = 0
-    for found in committed(folder):
-        if found.step > step:  # left by a future that this run was set back from; not ours to judge
-            continue
-        if whole >= keep:
-            _delete(found.path)
-        elif size_fault(found.path) is None:
-            whole += 1
+class Saver:
+    """Saves the same tensors again and again while they are trained; a context manager.
+
+    A save that fails is reported and counted, and the training goes on; `close` raises if the last one failed.
+    Every rank makes one and calls the same methods at the same steps.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        state: State,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Plan, allocate and start the writer processes, so that no save has to.
+
+        Args:
+            folder: holds the checkpoints of one run; a path or URL that all ranks see.
+            state: this rank's boxes; the tensors must stay where they are in memory.
+            keep, keep_every, keep_best: see `Retention`.
+            group: a gloo group over all ranks; None takes the default group.
+
+        Raises:
+            CheckpointError: on every rank, if the folder cannot be written to.
+        """
+        self.folder = str(folder)
+        self._ranks = ranks = Ranks.of(group)
+        doing = f"preparing to save in {folder}"
+        self._snapshot, index = ranks.each(doing, lambda: _prepare(state, ranks.rank))
+        listener = _listen() if ranks.rank == 0 else None
+        token, coordinator = ranks.first(doing, lambda: (_take_over(open_folder(folder)), _address(listener)))
+        place = Place(
+            self.folder, token, ranks.rank, ranks.world, coordinator, Retention(keep, keep_every, keep_best)
+        )  # fmt: skip
+        self._token = token
+        self._writer = _WriterProcess(place, index.to_bytes(), self._snapshot.image.fd, listener)
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._copied, self._idle = threading.Event(), threading.Event()
+        self._copied.set()
+        self._idle.set()
+        self._count = 0
+        self._last: Order | None = None
+        self.outcome: Outcome | None = None
+        """How the last save that has ended, ended."""
+        self.failures = 0
+        """Saves in a row that failed, up to now."""
+        self.waits = 0
+        """Saves that had to wait for the one before."""
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def writer_pid(self) -> int:
+        """The process that writes this rank's file."""
+        return self._writer.pid
+
+    def save(self, step: int, info: dict[str, Any]) -> float:
+        """Begin to save; the seconds this call took. The state must not change before `fence`.
+
+        Args:
+            info: plain JSON to keep beside the tensors; rank 0's counts.
+        """
+        began = time.monotonic()
+        if not self._idle.is_set():
+            self.waits += 1
+            under_way = self._last.step if self._last else step
+            logger.warning("the checkpoint of step %d is due, but that of step %d is being written: waiting for it",
+                           step, under_way)  # fmt: skip
+            self._idle.wait()
+        self._count += 1
+        about = {**info, "step": step, **_about(self._ranks)}
+        self._last = Order(step, f"{self._token}-{self._count}", about)
+        self._idle.clear()
+        self._copied.clear()
+        self._snapshot.begin()
+        self._orders.put(self._last)
+        return time.monotonic() - began
+
+    def fence(self) -> float:
+        """Wait until the state may change; the seconds that took."""
+        began = time.monotonic()
+        self._copied.wait()
+        return time.monotonic() - began
+
+    def wait(self) -> Outcome | None:
+        """Wait until no save is under way; how the last one ended."""
+        self._idle.wait()
+        return self.outcome
+
+    def close(self) -> None:
+        """Wait for the save under way and end the writers. A last save that failed is tried once more.
+
+        Raises:
+            CheckpointError: on every rank, if the last save failed for good.
+        """
+        try:
+            for again in (True, False):
+                outcome = self.wait()
+                faults = [fault for fault in self._ranks.gather(outcome.fault if outcome else "") if fault]
+                if not faults or self._last is None:
+                    return
+                if not again:
+                    raise CheckpointError(f"the checkpoint of step {self._last.step} could not be saved: {faults[0]}")
+                self.save(self._last.step, self._last.info)
+        finally:
+            self._end()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._idle.wait(LEAVING_S)
+            self._end()
+
+    def _end(self) -> None:
+        self._orders.put(None)
+        self._writer.end()
+        self._thread.join(LEAVING_S)
+
+    def _work(self) -> None:
+        """The thread of this class: one save after the other."""
+        while (order := self._orders.get()) is not None:
+            try:
+                self._snapshot.copy()
+                self._copied.set()
+                self._finish(self._write(order))
+            except Exception as error:
+                logger.exception("the checkpoint of step %d failed", order.step)
+                self._finish(Outcome(order.step, fault=f"{type(error).__name__}: {error}"))
+            finally:
+                self._copied.set()
+                self._idle.set()
+
+    def _write(self, order: Order) -> Outcome:
+        for _ in range(WRITER_STARTS):
+            try:
+                return self._writer.ask(order)
+            except (EOFError, OSError):
+                if self._writer.ended:
+                    break
+                logger.warning("the writer of the checkpoint of step %d died; starting another", order.step)
+                self._writer.start()
+        return Outcome(order.step, fault=f"rank {self._ranks.rank}: its writer process died")
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.failures = self.failures + 1 if outcome.fault else 0
+        if self._ranks.rank > 0:
+            return
+        if not outcome.fault:
+            logger.info("checkpoint %s, written in %.1f s", outcome.path, outcome.seconds)
+        else:
+            loud = logger.error if self.failures >= ALERT_AFTER else logger.warning
+            alert = f"ALERT: {self.failures} saves in a row have failed: " if self.failures >= ALERT_AFTER else ""
+            loud("%sthe checkpoint of step %d was not saved (%s); the training goes on, the next save tries again",
+                 alert, outcome.step, outcome.fault)  # fmt: skip
 
 
-def _delete(path: Path) -> None:
-    """Take the checkpoint's name away first, so that a kill in between leaves an attempt, not a torn checkpoint."""
-    doomed = path.with_name(f"{path.name.split('.')[0]}.tmp.{uuid.uuid4().hex[:12]}")
-    try:
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        logger.warning("cannot delete the old checkpoint %s (%s)", path, error)
+class _WriterProcess:
+    """The rank's end of its writer."""
+
+    def __init__(self, place: Place, index: bytes, image_fd: int, listener: socket.socket | None) -> None:
+        self.place = place
+        self.index = index
+        self.image_fd = image_fd
+        self.listener = listener
+        self.ended = False
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it anew; returns before it is ready."""
+        self._pipe, theirs = multiprocessing.Pipe()
+        listener_fd = -1 if self.listener is None else self.listener.fileno()
+        descriptors = [theirs.fileno(), self.image_fd, listener_fd]
+        here = str(Path(__file__).parents[2])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from goku_mega.checkpoint.writer import main; main()",
+             *map(str, descriptors), str(os.getpid())],
+            pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])},
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        self._pipe.send((self.place, self.index))
+        self._ready = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, order: Order) -> Outcome:
+        """Have an order carried out.
+
+        Raises:
+            EOFError, OSError: the process died.
+        """
+        if not self._ready:
+            self._pipe.recv()
+            self._ready = True
+        self._pipe.send(order)
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        """Let it go; it ends by itself when the pipe closes, and by a signal if it is still busy."""
+        self.ended = True
+        self._process.kill()
+        self._process.wait()
+        if self.listener is not None:
+            self.listener.close()
+
+
+def _listen() -> socket.socket:
+    """Rank 0's socket for all writers; it outlives a writer that is killed."""
+    one_host = environment.local_world_size() == environment.world_size()
+    return socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=4096)
+
+
+def _address(listener: socket.socket | None) -> tuple[str, int]:
+    assert listener is not None
+    return environment.master_address(), listener.getsockname()[1]

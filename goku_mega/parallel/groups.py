@@ -36,7 +36,8 @@ class Groups:
     shard axis, so that their gradients meet."""
     shard: dist.ProcessGroup
     """The ranks that together hold one copy of this rank's tensor-parallel part."""
-    is_first_replica: bool
+    replica: int
+    """Which copy of the sharded model this rank has a part of."""
     data: dist.ProcessGroup
     """Every rank with this rank's tensor-parallel part: each saw other tokens."""
     dp_rank: int
@@ -103,7 +104,7 @@ def build_groups(layout: Layout, device: torch.device) -> Groups:
         ring=mesh.get_group("ring"),
         fsdp_mesh=mesh["replicate", "shard_cp"] if layout.dp_replicate > 1 else shard_cp,
         shard=shard_cp.get_group(),
-        is_first_replica=mesh.get_local_rank("replicate") == 0,
+        replica=mesh.get_local_rank("replicate"),
         data=data.get_group(),
         dp_rank=mesh.get_local_rank("replicate") * layout.dp_shard + mesh.get_local_rank("shard"),
         cp_rank=cp.get_local_rank(),

@@ -27,7 +27,7 @@ from goku_mega.parallel.context import ContextAttention, heads_at_once
 from goku_mega.parallel.groups import Groups
 from goku_mega.parallel.pipeline import chunk_layers
 from goku_mega.parallel.recompute import apply_recompute
-from goku_mega.parallel.shards import Shard
+from goku_mega.parallel.shards import Copies, Shard
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def build_model(
             parameters[name] = (*parameters.get(name, ()), parameter)
     partial_over_pp = frozenset(filter(is_on_every_stage, parameters)) if layout.pp > 1 else frozenset()
     shards = {
-        name: _shard(first, tp_dims.get(name), groups, owner=groups.pp_rank == 0 or name not in partial_over_pp)
+        name: _shard(first, tp_dims.get(name), groups, on_every_stage=name in partial_over_pp)
         for name, (first, *_) in parameters.items()
     }
     for name, shard in shards.items():
@@ -248,7 +248,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard(parameter: nn.Parameter, tp_dim: int | None, groups: Groups, *, owner: bool) -> Shard:
+def _shard(parameter: nn.Parameter, tp_dim: int | None, groups: Groups, *, on_every_stage: bool) -> Shard:
     """The box of the global parameter that this rank holds: its tensor-parallel part, then its FSDP rows."""
     offsets = [0] * parameter.dim()
     if isinstance(parameter, DTensor):
@@ -260,7 +260,19 @@ def _shard(parameter: nn.Parameter, tp_dim: int | None, groups: Groups, *, owner
     if tp_dim is not None:
         offsets[tp_dim] += groups.tp_rank * parameter.shape[tp_dim]
         global_shape[tp_dim] *= groups.layout.tp
-    first_copy = owner and groups.is_first_replica and (tp_dim is not None or groups.tp_rank == 0)
-    return Shard(
-        tensor=_local(parameter.detach()), global_shape=tuple(global_shape), offsets=tuple(offsets), owner=first_copy
-    )
+    return Shard(_local(parameter.detach()), tuple(global_shape), tuple(offsets), _copies(groups, tp_dim, on_every_stage))
+
+
+def _copies(groups: Groups, tp_dim: int | None, on_every_stage: bool) -> Copies:
+    """The axes along which ranks hold the same box, and this rank's place on them."""
+    layout = groups.layout
+    axes = {
+        "replicate": (groups.replica, layout.dp_replicate),
+        "tp": (groups.tp_rank, layout.tp if tp_dim is None else 1),
+        "pp": (groups.pp_rank, layout.pp if on_every_stage else 1),
+    }
+    number, count = 0, 1
+    for place, ranks in axes.values():
+        if ranks > 1:
+            number, count = number * ranks + place, count * ranks
+    return Copies(number, count, tuple(axis for axis, (_, ranks) in axes.items() if ranks > 1))

@@ -1,4 +1,4 @@
-"""A rank's part of a global tensor: the box it holds, and whether it is the one that writes it.
+"""A rank's part of a global tensor: the box it holds, and which of its copies that is.
 
 Checkpoints, initial weights and norms speak in these boxes, so none of them knows a parallel layout.
 """
@@ -7,6 +7,21 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which one it is among the ranks that hold the same box."""
+
+    number: int = 0
+    """From 0 to `count` - 1; each of the ranks has another one."""
+    count: int = 1
+    over: tuple[str, ...] = ()
+    """The axes of the layout along which those ranks lie. Ranks that share one box share all with the same axes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(f"copy {self.number} of {self.count} cannot be")
 
 
 @dataclass(frozen=True)
@@ -23,8 +38,8 @@ class Shard:
     """Shape of the whole tensor, the same under every layout."""
     offsets: tuple[int, ...]
     """Where the box begins in the whole tensor, one number a dimension."""
-    owner: bool = True
-    """True on exactly one of the ranks that hold this box; replicas are neither written nor counted."""
+    copies: Copies = Copies()
+    """This rank among those that hold the same box."""
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.global_shape):
@@ -39,6 +54,11 @@ class Shard:
             return False
         ends = zip(self.offsets, self.tensor.shape, self.global_shape, strict=True)
         return all(offset >= 0 and offset + size <= whole for offset, size, whole in ends)
+
+    @property
+    def owner(self) -> bool:
+        """True on exactly one of the ranks that hold this box."""
+        return self.copies.number == 0
 
     @property
     def empty(self) -> bool:

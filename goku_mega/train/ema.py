@@ -17,6 +17,11 @@ class ShardedEMA:
         self.shards = {name: replace(shard, tensor=shard.tensor.clone()) for name, shard in shards.items()}
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are now."""
+        torch._foreach_copy_([shard.tensor for shard in self.shards.values()], self.source)
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights after `step` + 1 steps; the early average follows quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))

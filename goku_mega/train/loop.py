@@ -4,7 +4,9 @@ The phases of a step (data, forward, backward, optimizer, checkpoint) carry the 
 heartbeat, the metrics and the operator's status page.
 """
 
+import json
 import logging
+import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from goku_infra.heartbeat import Heartbeat
 from goku_mega import environment
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
-from goku_mega.checkpoint.save import save_checkpoint
+from goku_mega.checkpoint.initial import initialise_from
+from goku_mega.checkpoint.load import Stored, fill, load_newest
+from goku_mega.checkpoint.save import Saver
 from goku_mega.checkpoint.state import State
 from goku_mega.config import FlowRun, Precision
 from goku_mega.data.loader import Loader, StepBatch
@@ -72,6 +75,9 @@ class Trainer:
         self.optimizer = ShardedOptimizer(model, groups, run.optimizer, run.steps)
         self.ema = ShardedEMA(model.shards, run.optimizer.ema_decay)
         self.heartbeat: Heartbeat | None = None
+        self.saver: Saver | None = None
+        self.fence_s = 0.0
+        """How long the last step waited for a save to have copied its tensors."""
 
     @property
     def state(self) -> State:
@@ -89,6 +95,8 @@ class Trainer:
         self.beat(step, "optimizer")
         sum_partial_gradients(self.model, self.groups)
         norm = gradient_norm(self.model, self.groups)
+        if self.saver is not None:
+            self.fence_s = self.saver.fence()  # what is being saved must be copied before it changes
         rate = self.optimizer.step(step, self.model.gradients(), norm)
         self.ema.update(step)
         for group in (self.groups.data, self.groups.pp):
@@ -143,15 +151,30 @@ def train(run: FlowRun) -> dict[str, Any]:
         metrics = stack.enter_context(
             MetricsLog(run_dir, is_main=rank == 0, start_step=start_step, total_steps=run.steps)
         )
+        keep = run.checkpoint
+        trainer.saver = saver = stack.enter_context(
+            Saver(
+                checkpoints(run), trainer.state,
+                keep=keep.keep, keep_every=keep.keep_every_steps, keep_best=keep.keep_best,
+            )
+        )  # fmt: skip
         clock = StepClock(peak_flops_of_job(device, computed, layout.world_size))
         trainer.beat(start_step, "data")
-        checkpoint_s = 0.0
+        saving_s, losses = 0.0, []
         for batch in loader:
             result = trainer.step(batch)
+            losses.append(result.loss)
             # The row comes first: a checkpoint whose steps are not all in the metrics would lose them at a kill.
-            metrics.record(clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=checkpoint_s))
-            checkpoint_s = save_if_due(trainer, run, batch.step + 1, info)
-            trainer.beat(batch.step + 1, "data")
+            metrics.record(
+                clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=saving_s + trainer.fence_s)
+                | {"checkpoint_failures": saver.failures}
+            )
+            steps_done, saving_s = batch.step + 1, 0.0
+            if steps_done % run.checkpoint.every_steps == 0 or steps_done == run.steps:
+                trainer.beat(steps_done, "checkpoint")
+                saving_s = saver.save(steps_done, {**info, "loss": statistics.fmean(losses)})
+                losses.clear()
+            trainer.beat(steps_done, "data")
     return {"run_dir": run.run_dir, "step": run.steps, "resumed_from": start_step, "loss": result.loss}
 
 
@@ -193,16 +216,6 @@ def peak_flops_of_job(device: torch.device, computed: torch.dtype, world_size: i
     return None if peak is None else peak * world_size
 
 
-def save_if_due(trainer: Trainer, run: FlowRun, steps_done: int, info: dict[str, Any]) -> float:
-    """Save every `checkpoint.every_steps` steps and after the last; the seconds it took."""
-    if steps_done % run.checkpoint.every_steps and steps_done != run.steps:
-        return 0.0
-    trainer.beat(steps_done, "checkpoint")
-    began = time.monotonic()
-    save_checkpoint(checkpoints(run), steps_done, trainer.state, info, keep=run.checkpoint.keep)
-    return time.monotonic() - began
-
-
 def resume(trainer: Trainer, run: FlowRun, shape: ModelShape) -> int:
     """Fill the trainer from the run's newest intact checkpoint; the steps it has taken, 0 for a new run.
 
@@ -210,21 +223,39 @@ def resume(trainer: Trainer, run: FlowRun, shape: ModelShape) -> int:
         CheckpointError: every checkpoint is damaged, or holds another model.
         ConfigError: the checkpoint was made with settings that make it another run.
     """
-    newest = find_latest(checkpoints(run))
-    if newest is None:
+
+    def load(stored: Stored) -> None:
+        check_same_run(run, stored.info["run"], str(stored.folder))
+        fill(stored, trainer.state, model=describe_model(run.size, shape))
+
+    loaded = load_newest(checkpoints(run), load)
+    if loaded is None:
+        begin(trainer, run)
         return 0
-    info = load_info(newest)
-    check_same_run(run, info["run"], newest)
-    load_into(newest, trainer.state, model=describe_model(run.size, shape))
-    step = int(info["step"])
+    newest, _ = loaded
+    step = int(newest.info["step"])
     trainer.optimizer.resume_at(step)
-    logger.info("resumed from %s (saved by %s)", newest, info["layout"])
+    logger.info("resumed from %s (saved by %s)", newest.folder, newest.info["layout"])
     return step
 
 
-def check_same_run(run: FlowRun, saved: dict[str, Any], checkpoint: Path) -> None:
+def begin(trainer: Trainer, run: FlowRun) -> None:
+    """A new run: weights from the seed, or those that `run.init` names. The average starts where the weights do.
+
+    Raises:
+        CheckpointError: that checkpoint is damaged, or does not fit the model.
+    """
+    if run.init.checkpoint:
+        loaded = initialise_from(
+            run.init.checkpoint, trainer.model.shards, weights=run.init.weights, fresh=run.init.fresh
+        )
+        trainer.ema.restart()
+        logger.info("starts from %s", loaded)
+
+
+def check_same_run(run: FlowRun, saved: dict[str, Any], checkpoint: str) -> None:
     """Refuse to go on with settings under which the samples, the noise or the updates would differ."""
-    for name, value in asdict(run).items():
+    for name, value in json.loads(json.dumps(asdict(run))).items():  # as `saved` was: tuples are lists there
         if name not in MAY_CHANGE_ON_RESUME and value != saved.get(name):
             raise ConfigError(
                 f"{name} is {value} but {checkpoint} was trained with {saved.get(name)}; "
@@ -246,8 +277,9 @@ def describe_model(size: str, shape: ModelShape) -> dict[str, Any]:
     return {"size": size, **asdict(shape)}
 
 
-def checkpoints(run: FlowRun) -> Path:
-    return Path(run.run_dir) / "checkpoints"
+def checkpoints(run: FlowRun) -> str:
+    """The folder of the run's checkpoints, a path or a URL."""
+    return run.checkpoint.store or str(Path(run.run_dir) / "checkpoints")
 
 
 def planned_device(run: FlowRun, device: torch.device, stored: torch.dtype, computed: torch.dtype) -> Device:

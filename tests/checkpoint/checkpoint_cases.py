@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from goku_mega.checkpoint.state import State
-from goku_mega.parallel.shards import Shard
+from goku_mega.parallel.shards import Copies, Shard
 from goku_mega.seeding import derive_seed
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -20,8 +20,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
 KINDS = ("rows", "columns", "grid", "replicas")
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
 
-Box = tuple[tuple[int, ...], tuple[int, ...], bool]
-"""Offsets, sizes, owner."""
+Box = tuple[tuple[int, ...], tuple[int, ...], Copies]
+"""Offsets, sizes, and which copy it is."""
 
 
 def whole(part: str, name: str, step: int = 0) -> Tensor:
@@ -34,15 +34,15 @@ def whole(part: str, name: str, step: int = 0) -> Tensor:
 def box(kind: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
     """This rank's box under a way of cutting: uneven, with empty boxes and replicas where they arise."""
     if not shape or kind == "replicas":
-        return (0,) * len(shape), shape, rank == 0
+        return (0,) * len(shape), shape, Copies(rank, world, ("replicate",))
     if kind == "rows" or len(shape) == 1:
-        return (*_cut(shape, 0, rank, world), True)
+        return (*_cut(shape, 0, rank, world), Copies())
     if kind == "columns":
-        return (*_cut(shape, 1, rank, world), True)
+        return (*_cut(shape, 1, rank, world), Copies())
     columns = 2 if world % 2 == 0 else 1  # tensor parallel columns, the rest of the ranks hold row shards
     row_offsets, row_sizes = _cut(shape, 0, rank // columns, world // columns)
     offsets, sizes = _cut(shape, 1, rank % columns, columns)
-    return (row_offsets[0], *offsets[1:]), (row_sizes[0], *sizes[1:]), True
+    return (row_offsets[0], *offsets[1:]), (row_sizes[0], *sizes[1:]), Copies()
 
 
 def _cut(shape: tuple[int, ...], dim: int, rank: int, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -60,8 +60,8 @@ def state(kind: str, rank: int = 0, world: int = 1, *, step: int | None = 0, par
 
 def _shard(kind: str, part: str, name: str, rank: int, world: int, step: int | None) -> Shard:
     shape, dtype = SHAPES[name]
-    offsets, sizes, owner = box(kind, shape, rank, world)
-    shard = Shard(torch.full(sizes, math.nan, dtype=dtype), shape, offsets, owner)
+    offsets, sizes, copies = box(kind, shape, rank, world)
+    shard = Shard(torch.full(sizes, math.nan, dtype=dtype), shape, offsets, copies)
     if step is not None:
         shard.tensor.copy_(shard.take(whole(part, name, step)))
     return shard
@@ -78,4 +78,4 @@ def differences(loaded: State, step: int = 0, *, stored: str | None = None) -> l
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

@@ -71,7 +71,7 @@ def kill_after_checkpoint(process: subprocess.Popen[str], run_dir: Path, victim:
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         beats = read_beats(run_dir / "heartbeats") if (run_dir / "heartbeats").exists() else []
-        if any(beat.step > EVERY for beat in beats) and (run_dir / "checkpoints").exists():
+        if any(beat.step > EVERY for beat in beats) and (run_dir / "checkpoints" / f"step_{EVERY:08d}").exists():
             os.kill(next(beat.pid for beat in beats if beat.rank == victim), signal.SIGKILL)
             break
         time.sleep(0.02)

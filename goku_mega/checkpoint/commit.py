@@ -1,0 +1,187 @@
+"""How a checkpoint comes into being: every rank's file in an attempt's folder, then one manifest, then its name.
+
+An attempt is never written to twice and never seen by a reader. Nothing here needs torch.
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from goku_mega.checkpoint.index import BLOCK_BYTES, Chunks, Index, StoredTensor, digest_file
+from goku_mega.checkpoint.manifest import (
+    INDEX,
+    INFO,
+    MANIFEST,
+    TORCH_METADATA,
+    FileRecord,
+    committed,
+    manifest_bytes,
+    record_bytes,
+    size_fault,
+)
+from goku_mega.checkpoint.retention import Kept, Retention, retired
+from goku_mega.checkpoint.storage import Folder, LocalFolder
+from goku_mega.checkpoint.torch_metadata import torch_metadata
+
+logger = logging.getLogger(__name__)
+
+WRITE_BYTES = 16 * 2**20
+"""One call to the storage."""
+OWNER = ".owner"
+"""Who may commit in a folder: the token of the job that last took it over."""
+
+
+def file_name(rank: int) -> str:
+    """A rank's file, by the name that torch gives it."""
+    return f"__{rank}_0.distcp"
+
+
+def attempt_folder(root: Folder, step: int, attempt: str) -> Folder:
+    """Where an attempt is written. An object store cannot rename, so there it keeps the name."""
+    return root.child(
+        f"step_{step:08d}.tmp.{attempt}" if isinstance(root, LocalFolder) else f"step_{step:08d}.{attempt}"
+    )
+
+
+def take_over(root: Folder, token: str) -> None:
+    """Become the job that writes here: attempts that are left are removed, and a job before this one cannot commit."""
+    root.write(OWNER, [token.encode()])
+    remove_leftovers(root)
+
+
+def remove_leftovers(root: Folder, besides: str = "") -> None:
+    """Remove what dead attempts left in `root`, but not the attempt `besides`. Only the owner may call it."""
+    for name in root.names():
+        if ".tmp." in name and name.startswith("step_") and name.rsplit(".", 1)[1] != besides:
+            root.child(name).remove()
+        elif ".replaced." in name and name.split(".")[0] in root.names():
+            delete(root, name)
+        elif name.startswith("step_") and not isinstance(root, LocalFolder):
+            folder = root.child(name)
+            if name.rsplit(".", 1)[-1] != besides and MANIFEST not in folder.names():
+                folder.remove()
+
+
+def write_image(folder: Folder, name: str, image: memoryview) -> NDArray[np.uint64]:
+    """Write a file and wait until it is stored; the checksums of its blocks, taken on the way."""
+    blocks = [image[start : start + BLOCK_BYTES] for start in range(0, len(image), BLOCK_BYTES)]
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as pool:  # beside the writing
+        digests = pool.map(xxhash.xxh3_64_intdigest, blocks)
+        folder.write(name, (image[start : start + WRITE_BYTES] for start in range(0, len(image), WRITE_BYTES)))
+        return np.array(list(digests), dtype=np.uint64)
+
+
+def joined(parts: Sequence[Index]) -> Index:
+    """One index of the files of all ranks.
+
+    Raises:
+        ValueError: ranks disagree about a tensor.
+    """
+    tensors = sorted({tensor for part in parts for tensor in part.tensors}, key=lambda tensor: tensor.name)
+    number = {tensor.name: position for position, tensor in enumerate(tensors)}
+    if len(number) < len(tensors):
+        name = next(a.name for a, b in pairwise(tensors) if a.name == b.name)
+        raise ValueError(f"ranks disagree about the shape or the type of {name}")
+    dims = max((part.chunks.sizes.shape[1] for part in parts), default=0)
+
+    def wide(columns: NDArray[np.int64], filler: int) -> NDArray[np.int64]:
+        return np.pad(columns, ((0, 0), (0, dims - columns.shape[1])), constant_values=filler)
+
+    numbers = [np.array([number[tensor.name] for tensor in part.tensors], dtype=np.int32) for part in parts]
+    chunks = Chunks(
+        tensor=np.concatenate([own[part.chunks.tensor] for own, part in zip(numbers, parts, strict=True)]),
+        file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.chunks) for part in parts]),
+        head=np.concatenate([part.chunks.head for part in parts]),
+        data=np.concatenate([part.chunks.data for part in parts]),
+        offsets=np.concatenate([wide(part.chunks.offsets, 0) for part in parts]),
+        sizes=np.concatenate([wide(part.chunks.sizes, 1) for part in parts]),
+    )
+    return Index(
+        tensors=tuple(StoredTensor(t.name, t.dtype, t.shape) for t in tensors),
+        files=tuple(name for part in parts for name in part.files),
+        chunks=chunks.sorted(),
+        file_bytes=np.concatenate([part.file_bytes for part in parts]),
+        digests=tuple(digests for part in parts for digests in part.digests),
+    )
+
+
+def with_digests(index: Index, digests: Sequence[NDArray[np.uint64]]) -> Index:
+    """The same files, filled anew."""
+    return replace(index, digests=tuple(digests))
+
+
+def publish(root: Folder, attempt: str, step: int, index: Index, info: dict[str, Any], token: str) -> Folder:
+    """Commit: once this returns the checkpoint exists with every file it needs; before, none does.
+
+    Raises:
+        OSError: the store is full or at fault.
+        ValueError: the ranks' boxes do not fill every tensor once.
+    """
+    index.check_complete()
+    folder = attempt_folder(root, step, attempt)
+    about = {INDEX: index.to_bytes(), TORCH_METADATA: torch_metadata(index), INFO: json.dumps(info, indent=1).encode()}
+    for name, content in about.items():
+        folder.write(name, [content])
+    files = {name: record_bytes(content) for name, content in about.items()}
+    for name, size, digests in zip(index.files, index.file_bytes.tolist(), index.digests, strict=True):
+        if folder.size(name) != size:
+            raise OSError(f"{folder}/{name} has {folder.size(name)} bytes instead of {size}")
+        files[name] = FileRecord(size, digest_file(digests))
+    if root.read(OWNER).decode() != token:
+        raise PermissionError(f"another job has taken over {root}; this one may not commit there")
+    folder.write(MANIFEST, [manifest_bytes(step, files)])
+    return _named(root, folder, step) if isinstance(root, LocalFolder) and isinstance(folder, LocalFolder) else folder
+
+
+def _named(root: LocalFolder, folder: LocalFolder, step: int) -> Folder:
+    """Give a whole attempt its final name."""
+    final = root.child(f"step_{step:08d}")
+    replaced = f"{final.name}.replaced.{uuid.uuid4().hex[:12]}"
+    exists = final.name in root.names()
+    if exists:  # saved before, or damaged and passed over; it stays a candidate until the new one is in place
+        final.rename_to(root.path / replaced)
+    folder.rename_to(root.path / final.name)
+    if exists:
+        delete(root, replaced)
+    return final
+
+
+def retire(root: Folder, step: int, retention: Retention) -> list[int]:
+    """Delete the checkpoints that `retention` does not keep, after the one of `step` was committed; their steps."""
+    kept = [_kept(found.step, found.folder) for found in committed(root)]
+    gone = retired(kept, step, retention)
+    for checkpoint in gone:
+        delete(root, checkpoint.name)
+    return [checkpoint.step for checkpoint in gone]
+
+
+def _kept(step: int, folder: Folder) -> Kept:
+    try:
+        loss = json.loads(folder.read(INFO)).get("loss")
+    except (OSError, ValueError, AttributeError):
+        loss = None
+    return Kept(step, folder.name, size_fault(folder) is None, loss)
+
+
+def delete(root: Folder, name: str) -> None:
+    """Take a checkpoint's name away first, so that a kill in between leaves an attempt, not a torn checkpoint."""
+    folder = root.child(name)
+    try:
+        if isinstance(folder, LocalFolder) and isinstance(root, LocalFolder):
+            doomed = root.path / f"{name.split('.')[0]}.tmp.{uuid.uuid4().hex[:12]}"
+            folder.rename_to(doomed)
+            root.child(doomed.name).remove()
+        else:
+            folder.remove_file(MANIFEST)
+            folder.remove()
+    except OSError as error:
+        logger.warning("cannot delete the old checkpoint %s (%s)", folder, error)

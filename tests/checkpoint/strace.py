@@ -1,0 +1,185 @@
+"""Kills, I/O errors and delays at chosen system calls of a running process, by strace's fault injection.
+
+A test forks a `Victim`, lets it do its work once under `traced` to learn which calls touch a folder (`calls_in`), and
+then once more for each of those calls with an injection there. Nothing in the victim knows of it.
+
+strace counts the calls of each thread by itself: `when=3` hits whichever thread comes to its third call first.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+WRITING = ("openat", "write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "ftruncate", "fallocate", "mkdir",
+           "rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir",
+           "sendfile", "copy_file_range")  # fmt: skip
+"""The calls by which a save changes a folder: a kill between two others leaves the same files."""
+
+LIMIT_S = 60
+"""A busy machine takes its time to let a tracer in, and to end a process."""
+
+_LINE = re.compile(r"^(?P<thread>\d+) +(?P<call>\w+)\((?P<arguments>.*)$")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One system call of a traced process."""
+
+    name: str
+    number: int
+    """Which of the thread's calls of this name, counted from 1: strace's `when`."""
+    order: int
+    """Place among all traced calls of all threads."""
+    arguments: str
+    """As strace prints them, file descriptors with their paths, and the result."""
+    thread: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+
+@cache
+def unavailable() -> str:
+    """Why calls cannot be traced here, as the reason of a skipped test; empty if they can."""
+    if sys.platform != "linux" or shutil.which("strace") is None:
+        return "strace is not installed: no system call can be made to fail or to kill"
+    with Victim(_write_a_line) as victim:
+        log = Path(os.devnull)
+        try:
+            with traced(victim.pid, log, "write:signal=KILL:when=1"):
+                if victim.ask() is None:
+                    return ""
+        except RuntimeError as error:
+            return f"strace cannot trace a process here ({error})"
+    return "strace's fault injection has no effect here"
+
+
+def _write_a_line() -> None:
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.write(descriptor, b"a line")
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def traced(pid: int, log: Path, *injections: str, calls: tuple[str, ...] = WRITING) -> Iterator[None]:
+    """Trace all threads of a process, and those it starts, to `log`, with injections like `fsync:error=EIO:when=3`.
+
+    Raises:
+        RuntimeError: strace did not attach; the message is its own.
+    """
+    command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), "-p", str(pid), "-e", f"trace={','.join(calls)}",
+               "-e", "signal=none"]  # fmt: skip
+    for injection in injections:
+        command += ["-e", f"inject={injection}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        try:
+            said = strace.stderr.readline()
+            if " attached" not in said:
+                raise RuntimeError(said.strip() or "strace ended without a word")
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)  # it lets the process go, unharmed
+            strace.stderr.read()
+            strace.wait(LIMIT_S)
+
+
+def calls_in(log: Path, folder: Path) -> list[Call]:
+    """The traced calls that touch `folder` or anything inside, in their order."""
+    calls: list[Call] = []
+    counts: dict[tuple[int, str], int] = {}
+    for order, line in enumerate(log.read_text(errors="replace").splitlines()):
+        match = _LINE.match(line)
+        if match is None:  # the end of a call that another thread interrupted, or of a process
+            continue
+        thread, name, arguments = int(match["thread"]), match["call"], match["arguments"]
+        number = counts[thread, name] = counts.get((thread, name), 0) + 1
+        changes = name != "openat" or "O_WRONLY" in arguments or "O_RDWR" in arguments
+        if changes and str(folder) in arguments:
+            calls.append(Call(name, number, order, arguments, thread))
+    return calls
+
+
+class Victim:
+    """A process that runs `function` whenever it is asked to, until it is killed. A context manager.
+
+    It is forked from the server that has imported torch already, so it starts in milliseconds.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, function, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.pid = self._process.pid or 0
+
+    def start(self, *arguments: Any) -> None:
+        """Have the function called with these arguments after its own; `wait` for it later."""
+        self._pipe.send(arguments)
+
+    def wait(self) -> Any:
+        """What the function returned, or the exception it raised; None if the process was killed."""
+        deadline = time.monotonic() + LIMIT_S
+        try:
+            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"no answer in {LIMIT_S} s")
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(LIMIT_S)
+            if self._process.exitcode != -signal.SIGKILL:
+                raise RuntimeError(f"the victim ended with exit code {self._process.exitcode}") from None
+            return None
+        return answer
+
+    def ask(self, *arguments: Any) -> Any:
+        """`start` and `wait`."""
+        self.start(*arguments)
+        return self.wait()
+
+    def __enter__(self) -> "Victim":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pipe.close()
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+
+
+class Done:
+    """The answer of a function that returned nothing, to tell it from a killed process."""
+
+
+def _serve(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _let_any_process_trace()
+    while True:
+        try:
+            more = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*arguments, *more)
+            answer = Done() if result is None else result
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
+
+
+def _let_any_process_trace() -> None:
+    """Where the Yama module lets only a parent trace its child, strace is neither; the victim itself may allow it."""
+    import ctypes
+
+    pr_set_ptracer, anyone = 0x59616D61, -1
+    ctypes.CDLL(None).prctl(pr_set_ptracer, anyone, 0, 0, 0)

@@ -1,0 +1,304 @@
+"""A save killed, or failing, at every system call that changes its folder leaves the old checkpoint or the new one."""
+
+import os
+import random
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_cases import differences, state
+from strace import Call, Victim, calls_in, traced, unavailable
+
+from goku_mega.checkpoint import save as saving
+from goku_mega.checkpoint.commit import OWNER
+from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.save import Saver, save_checkpoint
+from goku_mega.checkpoint.writer import Outcome
+from goku_mega.errors import CheckpointError
+
+SYNCS = ("fsync", "fdatasync")
+RENAMES = ("rename", "renameat", "renameat2")
+
+
+@pytest.fixture(autouse=True)
+def _strace() -> None:
+    if unavailable():
+        pytest.skip(unavailable())
+
+
+def save(folder: Path, step: int, attempt: str) -> str:
+    save_checkpoint(folder, step, state("rows", step=step), {"attempt": attempt}, keep=1)
+    return "saved"
+
+
+def attempt_found(folder: Path) -> str:
+    """Which attempt find_latest finds, after checking that it loads and holds its step's values bit for bit."""
+    path = find_latest(folder)
+    assert path is not None
+    info = load_info(path)
+    mine = state("columns", step=None)
+    load_into(path, mine)
+    assert differences(mine, info["step"]) == []
+    return info["attempt"]
+
+
+def assert_next_save_cleans_up(folder: Path) -> None:
+    assert save(folder, 3, "third") == "saved"
+    assert attempt_found(folder) == "third"
+    assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"]
+
+
+def calls_of_a_save(folder: Path, log: Path, step: int) -> list[Call]:
+    """What the second save of a process changes, call by call, while nothing goes wrong."""
+    with Victim(save, folder) as victim:
+        victim.ask(1, "first")
+        with traced(victim.pid, log):
+            assert victim.ask(step, "second") == "saved"
+    calls = calls_in(log, folder)
+    assert len(calls) >= 10
+    return calls
+
+
+def commit(calls: list[Call]) -> Call:
+    """The rename to the final name."""
+    final = re.compile(r'step_\d+\.tmp[^"]*", (AT_FDCWD<[^>]*>, )?"[^"]*/step_\d+"')
+    [found] = [call for call in calls if call.name in RENAMES and final.search(call.arguments)]
+    return found
+
+
+def one_by_one(tmp_path: Path, calls: list[Call]) -> Iterator[tuple[Call, Path, Path]]:
+    """Each call with a folder of its own and a place for the log."""
+    for number, call in enumerate(calls):
+        yield call, tmp_path / f"{number}" / "checkpoints", tmp_path / f"{number}.log"
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
+def test_a_kill_at_any_call_finds_the_old_checkpoint_before_the_commit_and_the_new_one_after_it(
+    tmp_path: Path, step: int
+) -> None:
+    calls = calls_of_a_save(tmp_path / "dry", tmp_path / "dry.log", step)
+    point_of_no_return = commit(calls).order
+    for call, folder, log in one_by_one(tmp_path, calls):
+        with Victim(save, folder) as victim:
+            victim.ask(1, "first")
+            with traced(victim.pid, log, f"{call.name}:signal=KILL:when={call.number}"):
+                assert victim.ask(step, "second") is None, f"no kill at {call}"
+        expected = "first" if call.order <= point_of_no_return else "second"
+        assert attempt_found(folder) == expected, f"killed at {call}: {call.arguments}"
+        assert_next_save_cleans_up(folder)
+    print("killed at", dict(Counter(call.name for call in calls)))
+
+
+def test_a_kill_at_any_call_of_the_first_save_leaves_nothing_or_a_whole_checkpoint(tmp_path: Path) -> None:
+    with Victim(save) as victim:
+        victim.ask(tmp_path / "warm up", 1, "first")
+        with traced(victim.pid, tmp_path / "log"):
+            victim.ask(tmp_path / "dry", 1, "first")
+    calls = calls_in(tmp_path / "log", tmp_path / "dry")
+    point_of_no_return = commit(calls).order
+    for call, folder, log in one_by_one(tmp_path, calls):
+        with Victim(save) as victim:
+            victim.ask(tmp_path / f"warm up {call}", 1, "first")
+            with traced(victim.pid, log, f"{call.name}:signal=KILL:when={call.number}"):
+                assert victim.ask(folder, 1, "first") is None, f"no kill at {call}"
+        if call.order <= point_of_no_return:
+            assert find_latest(folder) is None
+        else:
+            assert attempt_found(folder) == "first"
+        assert_next_save_cleans_up(folder)
+
+
+def test_before_the_commit_every_file_and_folder_is_on_the_disk(tmp_path: Path) -> None:
+    """After a power cut, only what was synced is sure to be there: a rename must not come before its contents."""
+    calls = calls_of_a_save(tmp_path / "dry", tmp_path / "dry.log", 2)
+    committing = commit(calls)
+    attempt = re.search(r'"([^"]*/step_00000002\.tmp[^"]*)"', committing.arguments)
+    assert attempt is not None
+    synced: dict[str, int] = {}
+    written: dict[str, int] = {}
+    named: dict[str, int] = {}  # folder -> the last change of its names
+    for call in calls:
+        path = re.match(r"\d+<([^>]*)>", call.arguments)
+        if call.name in SYNCS and path is not None:
+            synced[path[1]] = call.order
+        elif path is not None and "write" in call.name:
+            written[path[1]] = call.order
+        for name in re.findall(r'"([^"]*)"', call.arguments) if call.name in {*RENAMES, "openat"} else ():
+            if str(Path(name).parent) == attempt[1]:
+                named[attempt[1]] = call.order
+    assert written
+    for path, order in {**written, **named}.items():
+        assert order < synced.get(path, -1) < committing.order, f"{path} is not synced before the commit"
+    assert synced[str(tmp_path / "dry")] > committing.order
+
+
+def failures(calls: list[Call]) -> list[tuple[Call, str]]:
+    """An error for each call: one in three is a full disk where that can be, the others are disk errors."""
+    choose = random.Random(4)
+    full = {"openat", "write", "pwrite64", "writev", "pwritev", "mkdir", "rename", "fsync"}
+    return [(call, "ENOSPC" if call.name in full and choose.random() < 1 / 3 else "EIO") for call in calls]
+
+
+def test_an_error_at_any_call_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None:
+    planned = failures(calls_of_a_save(tmp_path / "dry", tmp_path / "dry.log", 2))
+    answers: Counter[str] = Counter()
+    for (call, error), (_, folder, log) in zip(
+        planned, one_by_one(tmp_path, [call for call, _ in planned]), strict=True
+    ):
+        with Victim(save, folder) as victim:
+            victim.ask(1, "first")
+            with traced(victim.pid, log, f"{call.name}:error={error}:when={call.number}"):
+                answer = victim.ask(2, "second")
+            where = f"{error} at {call}: {call.arguments}: {answer}"
+            assert "(INJECTED)" in log.read_text(), where
+            found = attempt_found(folder)
+            if answer == "saved":  # it was in the removal of the older checkpoint, or a second try succeeded
+                assert found == "second", where
+            else:
+                assert isinstance(answer, CheckpointError), where
+                assert "\n" not in str(answer), where
+                assert "step 2" in str(answer), where
+                assert error in ("EIO", "ENOSPC"), where
+                assert ("No space left" if error == "ENOSPC" else "Input/output error") in str(answer), where
+            answers[f"{call.name} {error}: {'saved' if answer == 'saved' else 'refused'}"] += 1
+            assert victim.ask(3, "third") == "saved", where  # the same process, the next time
+        assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"], where
+    print(dict(answers))
+
+
+def test_a_disk_that_takes_its_time_to_sync_only_takes_time(tmp_path: Path) -> None:
+    folder, delay_us = tmp_path / "checkpoints", 100_000
+    with Victim(save, folder) as victim:
+        victim.ask(1, "first")
+        with traced(victim.pid, tmp_path / "log", f"fsync,fdatasync:delay_enter={delay_us}"):
+            assert victim.ask(2, "second") == "saved"
+    assert "(DELAYED)" in (tmp_path / "log").read_text()
+    assert attempt_found(folder) == "second"
+
+
+# --- The process that saves in the background -----------------------------------------------------------------------
+
+
+class Training:
+    """Saves in the background, in a process of its own, as it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, command: str, *arguments: Any) -> Any:
+        return getattr(self, command)(*arguments)
+
+    def start(self) -> int:
+        """Save step 1; the writer's process."""
+        self.state = state("rows", step=None)
+        self.saver = Saver(self.folder, self.state, keep=1)
+        assert self.save(1, "first").fault == ""
+        return self.saver.writer_pid
+
+    def save(self, step: int, attempt: str) -> Outcome | None:
+        """How the save of a step ended; the state is gone when the writer still writes it."""
+        for part, shards in state("rows", step=step).items():
+            for name, shard in shards.items():
+                self.state[part][name].tensor.copy_(shard.tensor)
+        self._blocked_s = self.saver.save(step, {"attempt": attempt}) + self.saver.fence()
+        for shards in self.state.values():
+            for shard in shards.values():
+                shard.tensor.fill_(float("nan"))
+        return self.saver.wait()
+
+    def die_with_the_writer(self) -> None:
+        """As when the machine is lost: no new writer is started after a killed one."""
+        saving._WriterProcess.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+    def writer(self) -> int:
+        return self.saver.writer_pid
+
+    def blocked_s(self) -> float:
+        """What the last save took of the training's time."""
+        return self._blocked_s
+
+    def close(self) -> None:
+        self.saver.close()
+
+
+def calls_of_the_writer(folder: Path, log: Path) -> list[Call]:
+    with Victim(Training(folder)) as victim:
+        writer = victim.ask("start")
+        with traced(writer, log):
+            assert victim.ask("save", 2, "second").fault == ""
+    calls = calls_in(log, folder)
+    assert len(calls) >= 10
+    return calls
+
+
+def test_a_machine_lost_at_any_call_of_the_writer_has_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    calls = calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log")
+    point_of_no_return = commit(calls).order
+    for call, folder, log in one_by_one(tmp_path, calls):
+        with Victim(Training(folder)) as victim:
+            writer = victim.ask("start")
+            victim.ask("die_with_the_writer")
+            with traced(writer, log, f"{call.name}:signal=KILL:when={call.number}"):
+                assert victim.ask("save", 2, "second") is None, f"no kill at {call}"
+        expected = "first" if call.order <= point_of_no_return else "second"
+        assert attempt_found(folder) == expected, f"killed at {call}: {call.arguments}"
+        assert_next_save_cleans_up(folder)
+
+
+def test_a_writer_killed_at_any_call_is_started_again_and_saves(tmp_path: Path) -> None:
+    for call, folder, log in one_by_one(tmp_path, calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log")):
+        with Victim(Training(folder)) as victim:
+            writer = victim.ask("start")
+            with traced(writer, log, f"{call.name}:signal=KILL:when={call.number}"):
+                outcome = victim.ask("save", 2, "second")
+            assert victim.ask("writer") != writer, f"no kill at {call}"
+            assert outcome.fault == "", f"killed at {call}: {call.arguments}"
+            assert attempt_found(folder) == "second"
+            assert victim.ask("save", 3, "third").fault == ""
+            victim.ask("close")
+        assert attempt_found(folder) == "third"
+        assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"], f"killed at {call}: {call.arguments}"
+
+
+def test_an_error_at_any_call_of_the_writer_is_tried_again_or_one_clear_line(tmp_path: Path) -> None:
+    planned = failures(calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log"))
+    answers: Counter[str] = Counter()
+    places = one_by_one(tmp_path, [call for call, _ in planned])
+    for (call, error), (_, folder, log) in zip(planned, places, strict=True):
+        with Victim(Training(folder)) as victim:
+            writer = victim.ask("start")
+            with traced(writer, log, f"{call.name}:error={error}:when={call.number}"):
+                outcome = victim.ask("save", 2, "second")
+            where = f"{error} at {call}: {call.arguments}: {outcome.fault}"
+            assert "(INJECTED)" in log.read_text(), where
+            if outcome.fault == "":
+                assert attempt_found(folder) == "second", where
+            else:
+                assert "\n" not in outcome.fault, where
+                assert ("No space left" if error == "ENOSPC" else "Input/output error") in outcome.fault, where
+                assert attempt_found(folder) in ("first", "second"), where
+            answers[f"{call.name} {error}: {'refused' if outcome.fault else 'saved'}"] += 1
+            assert victim.ask("save", 3, "third").fault == "", where  # the same writer, the next time
+            victim.ask("close")
+        assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"], where
+    print(dict(answers))
+
+
+def test_training_does_not_wait_for_a_disk_that_takes_its_time_to_sync(tmp_path: Path) -> None:
+    folder, delay_us = tmp_path / "checkpoints", 200_000
+    with Victim(Training(folder)) as victim:
+        writer = victim.ask("start")
+        with traced(writer, tmp_path / "log", f"fsync,fdatasync:delay_enter={delay_us}"):
+            outcome = victim.ask("save", 2, "second")
+        blocked_s = victim.ask("blocked_s")
+        victim.ask("close")
+    syncs = (tmp_path / "log").read_text().count("(DELAYED)")
+    assert syncs >= 5
+    assert outcome.fault == ""
+    assert outcome.seconds > 0.9 * syncs * delay_us / 1e6
+    assert blocked_s < delay_us / 1e6  # not even one
+    assert attempt_found(folder) == "second"
