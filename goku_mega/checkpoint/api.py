@@ -23,7 +23,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from goku_mega.checkpoint.agree import Ranks
 from goku_mega.checkpoint.load import Place, Stored, fill, load_named
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.checkpoint.state import State
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Copies, Shard
 
@@ -54,10 +53,10 @@ def save(
     extra = _json(checkpoint_state.get("extra_state", {}))
     if len(set(ranks.gather(extra))) > 1:
         raise CheckpointError("extra_state is not the same on every rank; gather what belongs to a rank first")
-    state: State = {"model": _boxes(model.state_dict(), ranks)}
+    state = {"model": _boxes(model.state_dict(), ranks)}
     info: dict[str, Any] = {"extra_state": json.loads(extra)}
     if optimizer is not None:
-        names = _names(model)
+        names = _names(model, optimizer)
         info["param_groups"] = [_plain(group, names) for group in optimizer.param_groups]
         state |= _optimizer_boxes(optimizer, names, ranks)
     return save_checkpoint(ckpt_path, global_steps, state, info, keep=keep or sys.maxsize, group=group)
@@ -79,17 +78,17 @@ def load(
 def _fill(stored: Stored, checkpoint_state: MutableMapping[str, Any]) -> None:
     ranks = Ranks.of(stored.group)
     model, optimizer = checkpoint_state["model"], checkpoint_state.get("optimizer")
-    state: State = {"model": _boxes(model.state_dict(), ranks)}
+    state = {"model": _boxes(model.state_dict(), ranks)}
     if optimizer is not None:
         if "param_groups" not in stored.info:
             raise CheckpointError(f"{stored.folder} holds no optimizer")
-        names = _names(model)
+        names = _names(model, optimizer)
         _make_state(stored, optimizer, names)
         state |= _optimizer_boxes(optimizer, names, ranks)
     fill(stored, state)
     if optimizer is not None:
-        for group, saved in zip(optimizer.param_groups, stored.info["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
+        for settings, saved in zip(optimizer.param_groups, stored.info["param_groups"], strict=True):
+            _restore(settings, saved)
     if "extra_state" in checkpoint_state:
         checkpoint_state["extra_state"] = stored.info["extra_state"]
 
@@ -97,7 +96,7 @@ def _fill(stored: Stored, checkpoint_state: MutableMapping[str, Any]) -> None:
 def _make_state(stored: Stored, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
     """Give an optimizer that has taken no step yet the tensors that the checkpoint has for its parameters."""
     kinds = {tensor.name: tensor for tensor in stored.index.tensors if tensor.name.startswith(OPTIMIZER)}
-    keys = {name.split("/")[1] for name in kinds}
+    keys = sorted({name.split("/")[1] for name in kinds})
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
@@ -113,8 +112,11 @@ def _make_state(stored: Stored, optimizer: torch.optim.Optimizer, names: Mapping
                     optimizer.state[parameter][key] = torch.zeros(kind.shape, dtype=dtype, device=device)
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    if not all(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise CheckpointError("the optimizer has parameters that are not the model's; save both with one model")
+    return names
 
 
 def _optimizer_boxes(
@@ -125,31 +127,35 @@ def _optimizer_boxes(
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             by_kind.setdefault(key, {})[names[parameter]] = value
-    return {key: _boxes(values, ranks) for key, values in by_kind.items()}
+    return {key: _boxes(by_kind[key], ranks) for key in sorted(by_kind)}
 
 
 def _boxes(tensors: Mapping[str, Any], ranks: Ranks) -> dict[str, Shard]:
-    return {name: _box(name, tensor, ranks) for name, tensor in tensors.items()}
+    # In one order on every rank, since ranks with copies of the same tensors divide them by it.
+    return {name: _box(name, tensors[name], ranks) for name in sorted(tensors)}
 
 
 def _box(name: str, tensor: Any, ranks: Ranks) -> Shard:
     """This rank's part of a tensor, and which of its copies that is."""
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"{name} is a {type(tensor).__name__}; only tensors can be saved, or put it in extra_state")
+        raise CheckpointError(f"{name} is a {type(tensor).__name__} and no tensor; put it in extra_state")
     if not isinstance(tensor, DTensor):
         everywhere = Copies(ranks.rank, ranks.world, ("ranks",)) if ranks.world > 1 else Copies()
         return Shard(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), everywhere)
     mesh, placements = tensor.device_mesh, tensor.placements
     place = mesh.get_coordinate()
-    if place is None or mesh.size() != ranks.world or any(type(kind) not in (Sharded, Replicate) for kind in placements):
-        raise CheckpointError(f"{name} is on {mesh} as {placements}; a mesh of all ranks, sharded or replicated, is saved")
+    known = all(type(kind) in (Sharded, Replicate) for kind in placements)
+    if place is None or mesh.size() != ranks.world or not known:
+        raise CheckpointError(
+            f"{name} is {placements} on {mesh}; only shards or copies on a mesh of all ranks are saved"
+        )
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     number, count, over = 0, 1, []
     for dim, kind in enumerate(placements):
         if isinstance(kind, Replicate) and mesh.size(dim) > 1:
             number, count = number * mesh.size(dim) + place[dim], count * mesh.size(dim)
             over.append(f"mesh {dim}")
-    return Shard(tensor.detach().to_local(), tuple(tensor.shape), tuple(offsets), Copies(number, count, tuple(over)))
+    return Shard(tensor.to_local().detach(), tuple(tensor.shape), tuple(offsets), Copies(number, count, tuple(over)))
 
 
 def _plain(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -157,6 +163,15 @@ def _plain(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, A
     settings = {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
     settings["params"] = [names[parameter] for parameter in group["params"]]
     return json.loads(_json(settings))
+
+
+def _restore(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Give a parameter group its settings back, each in the type it has here."""
+    for name, value in saved.items():
+        if isinstance(group.get(name), Tensor):
+            group[name].fill_(value)
+        elif name != "params":
+            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
 
 
 def _json(value: Any) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.load import Stored, load_named
 from goku_mega.checkpoint.model_card import Exported, model_card
-from goku_mega.checkpoint.state import STORED_UNDER
+from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.checkpoint.weights_files import TensorKind, write_text, write_weights
 from goku_mega.config import ExportConfig
@@ -67,7 +67,7 @@ class _Weights:
         return write_weights(folder, stem, self.kinds, self._read, max_file_bytes=self.max_file_bytes, about=about)
 
     def _read(self, kinds: Sequence[TensorKind]) -> Iterator[Tensor]:
-        prefix = STORED_UNDER[self.part]
+        prefix = stored_under(self.part)
         parts = (Part(f"{prefix}/{kind.name}", kind.dtype, (0,) * len(kind.shape), kind.shape) for kind in kinds)
         return read_in_turn(self.stored, parts)
 
@@ -107,7 +107,7 @@ def _write(output: Path, stored: Stored, config: ExportConfig) -> tuple[_Weights
 
 
 def _choose(stored: Stored, config: ExportConfig) -> _Weights:
-    prefix = f"{STORED_UNDER[config.weights]}/"
+    prefix = f"{stored_under(config.weights)}/"
     kinds = tuple(
         TensorKind(t.name.removeprefix(prefix), DTYPES.get(config.dtype, getattr(torch, t.dtype)), t.shape)
         for t in stored.index.tensors

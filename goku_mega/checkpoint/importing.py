@@ -12,7 +12,7 @@ from torch import Tensor
 from goku_mega.checkpoint.in_turn import Part
 from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.rewrite import check_no_checkpoints, info_of_new, write_checkpoint
-from goku_mega.checkpoint.state import STORED_UNDER
+from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import open_folder
 from goku_mega.checkpoint.weights_files import WeightsFiles
 from goku_mega.config import ComputeConfig, FlowConfig, ImportConfig
@@ -48,7 +48,7 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
         "layout": f"imported from {source.resolve()}",
     })  # fmt: skip
     parts = ("model", "ema") if config.weights == "both" else (config.weights,)
-    named = {f"{STORED_UNDER[part]}/{name}": tensor for part in parts for name, tensor in tensors.items()}
+    named = {f"{stored_under(part)}/{name}": tensor for part in parts for name, tensor in tensors.items()}
     stored = [StoredTensor(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in named.items()]
     path = write_checkpoint(output, stored, lambda parts: (_cut(named, part) for part in parts), info, files=1)
     return {

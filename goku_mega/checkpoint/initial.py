@@ -12,7 +12,7 @@ from typing import Literal
 
 from goku_mega.checkpoint.agree import Ranks
 from goku_mega.checkpoint.load import Place, Stored, load_named
-from goku_mega.checkpoint.state import STORED_UNDER
+from goku_mega.checkpoint.state import stored_under
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Shard
 
@@ -74,7 +74,7 @@ def initialise_from(
 
 def _fill(stored: Stored, shards: Mapping[str, Shard], weights: str, fresh: Sequence[str]) -> Loaded:
     ranks = Ranks.of(stored.group)
-    prefix = f"{STORED_UNDER[weights]}/"
+    prefix = f"{stored_under(weights)}/"
     mine = _compare(stored, prefix, shards, fresh)
     # Most ranks hold boxes of the same parameters; one of each kind speaks for all.
     kinds = ranks.gather(hashlib.sha256(repr(sorted(shards)).encode()).hexdigest())

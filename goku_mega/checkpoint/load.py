@@ -110,7 +110,9 @@ def load_newest(
     return None
 
 
-def load_named(place: Place, load: Callable[[Stored], Result]) -> tuple[Stored, Result]:
+def load_named(
+    place: Place, load: Callable[[Stored], Result], *, group: dist.ProcessGroup | None = None
+) -> tuple[Stored, Result]:
     """Load the checkpoint that `place` means: itself, or the newest whole one in a run folder or a folder of them.
 
     Raises:
@@ -121,13 +123,13 @@ def load_named(place: Place, load: Callable[[Stored], Result]) -> tuple[Stored, 
         if not folder.names():
             raise CheckpointError(f"there is no checkpoint {place}; `goku-mega checkpoint list` shows those there are")
         try:
-            stored = Stored.open(place)
+            stored = Stored.open(place, group=group)
             return stored, load(stored)
         except DamagedCheckpoint as error:
             parent = Path(place).parent if isinstance(folder, LocalFolder) else place
             message = f"{error}; choose another checkpoint (`goku-mega checkpoint list {parent}`)"
             raise CheckpointError(message) from error
-    loaded = load_newest(location(run_checkpoints(folder)), load)
+    loaded = load_newest(location(run_checkpoints(folder)), load, group=group)
     if loaded is None:
         raise CheckpointError(
             f"no checkpoint in {place}; give the output folder of `goku-mega train`, or one of its step_* folders"
@@ -175,6 +177,8 @@ def open_checkpoint(place: Place, *, group: dist.ProcessGroup | None = None) -> 
     ranks = Ranks.of(group)
     folder = open_folder(place)
     if ranks.first(f"opening {place}", lambda: is_checkpoint(folder)):
+        if not ranks.first(f"opening {place}", folder.names):
+            raise CheckpointError(f"there is no checkpoint {place}; `goku-mega checkpoint list` shows those there are")
         fault = _shared_fault(folder, True, ranks)
         if fault is not None:
             raise CheckpointError(f"{fault}; choose another checkpoint (`goku-mega checkpoint list`)")

@@ -18,17 +18,22 @@ STORED_UNDER = {
     "exp_avg": "optimizer/exp_avg",
     "exp_avg_sq": "optimizer/exp_avg_sq",
 }
-"""Where each part of a State is found in a checkpoint."""
+"""Where each part of a State is found in a checkpoint; any other is another tensor of the optimizer's."""
+
+
+def stored_under(part: str) -> str:
+    """Where a part of a State is found in a checkpoint."""
+    return STORED_UNDER.get(part, f"optimizer/{part}")
 
 
 def stored_shards(state: State, parts: Iterable[str]) -> dict[str, Shard]:
     """The boxes of `parts` by their name in a checkpoint."""
-    return {f"{STORED_UNDER[part]}/{name}": shard for part in parts for name, shard in state[part].items()}
+    return {f"{stored_under(part)}/{name}": shard for part in parts for name, shard in state[part].items()}
 
 
 def belongs_to(stored_name: str, parts: Iterable[str]) -> bool:
     """Whether a name in a checkpoint is in one of `parts`."""
-    return any(stored_name.startswith(f"{STORED_UNDER[part]}/") for part in parts)
+    return any(stored_name.startswith(f"{stored_under(part)}/") for part in parts)
 
 
 def box_of(name: str, shard: Shard) -> Box:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from goku_mega.checkpoint.load import load_info, load_into, open_checkpoint
+from goku_mega.checkpoint.load import Stored, fill, load_named
+from goku_mega.checkpoint.storage import Folder
 from goku_mega.config import SampleConfig
 from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
@@ -28,7 +29,7 @@ from goku_mega.media.write import check_suffix, write_media
 from goku_mega.model.sizes import ModelShape
 from goku_mega.model.transformer import GokuTransformer
 from goku_mega.parallel.groups import single_process_groups
-from goku_mega.parallel.parallelize import build_model
+from goku_mega.parallel.parallelize import ParallelModel, build_model
 from goku_mega.seeding import derive_seed
 
 
@@ -75,16 +76,22 @@ class Pipeline:
             CheckpointError: there is none, it is damaged, or its data set's encoders are gone or changed.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        checkpoint = open_checkpoint(path)
-        info = load_info(checkpoint)
-        shape = _shape(info["model"], checkpoint)
-        vae, text = _encoders(info["dataset"], checkpoint)
-        model = build_model(shape, single_process_groups(device), seed=info["run"]["seed"], fsdp=False)
-        if not untrained:
-            load_into(checkpoint, {weights: model.shards}, model=info["model"])
+
+        def load(stored: Stored) -> ParallelModel:
+            info = stored.info
+            _encoders(info["dataset"], stored.folder)
+            shape = _shape(info["model"], stored.folder)
+            model = build_model(shape, single_process_groups(device), seed=info["run"]["seed"], fsdp=False)
+            if not untrained:
+                fill(stored, {weights: model.shards}, model=info["model"])
+            return model
+
+        stored, model = load_named(path, load)
+        info = stored.info
+        vae, text = _encoders(info["dataset"], stored.folder)
         return cls(
             model=model.module.eval().requires_grad_(False),
-            shape=shape,
+            shape=_shape(info["model"], stored.folder),
             vae=load_vae(vae, device),
             text=load_text_encoder(text, device),
             shift_base_tokens=info["run"]["flow"]["shift_base_tokens"],
@@ -178,7 +185,7 @@ def check_place(path: Path) -> None:
         raise MediaError(f"{path} cannot be written: {reason}; choose another output")
 
 
-def _shape(about: dict[str, Any], checkpoint: Path) -> ModelShape:
+def _shape(about: dict[str, Any], checkpoint: Folder) -> ModelShape:
     """The model a checkpoint holds."""
     values = {name: value for name, value in about.items() if name != "size"}
     shape = ModelShape(**{**values, "patch": tuple(values["patch"])})
@@ -187,7 +194,7 @@ def _shape(about: dict[str, Any], checkpoint: Path) -> ModelShape:
     return shape
 
 
-def _encoders(dataset: dict[str, Any], checkpoint: Path) -> tuple[str, str]:
+def _encoders(dataset: dict[str, Any], checkpoint: Folder) -> tuple[str, str]:
     """Where the VAE and the text encoder of a checkpoint's data set are."""
     vae, text = dataset["vae"], dataset["text"]
     if content_key(vae) != dataset["vae_key"]:

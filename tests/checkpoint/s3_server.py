@@ -48,8 +48,6 @@ def _first_line(stream: IO[bytes] | None) -> bytes:
 @contextmanager
 def s3_settings(endpoint: str, **settings: str) -> Iterator[None]:
     """Makes s3:// mean `endpoint`, in this process and in those it starts."""
-    import s3fs
-
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ENDPOINT_URL": endpoint,
@@ -61,11 +59,20 @@ def s3_settings(endpoint: str, **settings: str) -> Iterator[None]:
             **settings,
         }.items():
             patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()  # what fsspec keeps was made with other settings
-        try:
+        with without_kept_clients():
             yield
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextmanager
+def without_kept_clients() -> Iterator[None]:
+    """fsspec keeps a client for as long as the process lives, with the settings that held when it was made."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,10 @@ class Front:
     rule: Callable[[str, str], Fault | None] = lambda method, path: None
     """The fault for a request's method and its path with the query."""
     seen: list[tuple[str, str]] = field(default_factory=list)
+
+    def mend(self) -> None:
+        """No fault any more."""
+        self.rule = lambda method, path: None
 
     def fail(self, fault: Fault, *, times: int = 10**9, method: str = "", path: str = "") -> None:
         """Let the next requests with this method and `path` in their path meet `fault`, that many times."""

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from checkpoint_cases import differences, names_in, state
 
 from goku_mega.checkpoint.load import find_latest, load_info, load_into
-from goku_mega.checkpoint.save import remove_leftovers, save_checkpoint
+from goku_mega.checkpoint.commit import remove_leftovers
+from goku_mega.checkpoint.save import save_checkpoint
+from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.errors import CheckpointError
 from launch import RankFailed, run_ranks, start_ranks
 
@@ -201,5 +203,5 @@ def test_leftovers_of_dead_attempts_are_removed_and_nothing_else(tmp_path: Path)
     (tmp_path / "step_00000002.tmp.0123456789ab" / "__0_0.distcp").write_bytes(b"part")
     (tmp_path / "notes.txt").write_text("mine")
     assert find_latest(tmp_path) == tmp_path / "step_00000001"
-    remove_leftovers(tmp_path)
+    remove_leftovers(LocalFolder(tmp_path))
     assert names_in(tmp_path) == ["notes.txt", "step_00000001"]
