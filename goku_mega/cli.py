@@ -84,6 +84,10 @@ POSITIONAL = {
 """Settings that may be given without their names, in this order."""
 SWITCHES = ("--help", "--print-config", "--json")
 HELP_WORDS = ("-h", "--help")
+LINES_ABOVE = 3
+"""Longer lists of texts are printed a line each."""
+SMALLEST_PLAIN = 0.01
+"""Smaller numbers of a table are printed with an exponent."""
 
 
 class Arguments(NamedTuple):
@@ -257,13 +261,15 @@ def _settings(command: Command) -> str:
 
 
 def _readable(result: dict[str, Any]) -> str:
-    """`key: value` lines; lists of like rows as tables."""
+    """`key: value` lines; lists of like rows as tables, long lists of texts in lines of their own."""
     lines = []
     for key, value in result.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             lines += [f"{key}:", *_table(value)]
         elif isinstance(value, dict):
             lines += [f"{key}:", *(f"  {name}: {item}" for name, item in value.items())]
+        elif isinstance(value, list) and len(value) > LINES_ABOVE and all(isinstance(item, str) for item in value):
+            lines += [f"{key}:", *(f"  {item}" for item in value)]
         else:
             lines.append(f"{key}:\n{value}" if "\n" in str(value) else f"{key}: {value}")
     return "\n".join(lines)
@@ -277,7 +283,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < abs(value) < SMALLEST_PLAIN else f"{value:.3f}"
+    return "-" if value is None else str(value)
 
 
 def _log_format() -> str:

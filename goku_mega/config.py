@@ -223,9 +223,18 @@ class CheckpointConfig:
     store: str = ""
     """Folder of the checkpoints that all ranks see: a path, or an fsspec URL such as s3://bucket/run; empty:
     `checkpoints` in the run folder."""
+    node_folder: str = ""
+    """Folder on each node's own disk or memory, such as /dev/shm/run: checkpoints are committed there first, each
+    node's files on another node, too, and then go on into the store; empty: straight into the store."""
+    store_every: int = 1
+    """With a node_folder: every how many saves one goes on into the store."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "every_steps", "keep", section="checkpoint.")
+        _require_at_least(1, self, "every_steps", "keep", "store_every", section="checkpoint.")
+        _require(
+            self.store_every == 1 or bool(self.node_folder),
+            f"checkpoint.store_every is {self.store_every}; saves that skip the store need a checkpoint.node_folder",
+        )
         _require_at_least(0, self, "keep_every_steps", "keep_best", section="checkpoint.")
 
 
@@ -367,7 +376,7 @@ class SampleConfig:
     """`goku-mega sample`: a prompt to an image or a video file."""
 
     checkpoint: str
-    """A run folder (its newest intact checkpoint is used) or one checkpoint folder."""
+    """A run folder (its newest intact checkpoint is used), one checkpoint folder, or exported weights."""
     prompt: str
     output: str
     """.mp4, .gif or .png decide what is written; a .png of a video is a contact sheet of its frames."""

@@ -30,8 +30,7 @@ def launched_by_torchrun() -> bool:
 
 def master_address() -> str:
     """The host of rank 0, as every rank reaches it."""
-    one_host = local_world_size() == world_size()
-    return "127.0.0.1" if one_host else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 @functools.cache

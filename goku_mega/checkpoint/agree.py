@@ -4,6 +4,8 @@ Works without torch.distributed, too. The messages are Python objects, so in a j
 a gloo group (`dist.new_group(backend="gloo")`): the objects then never touch a GPU.
 """
 
+import os
+import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,18 +73,18 @@ class Ranks:
         self.together(doing, lambda: own.append(work()))
         return own[0]
 
-    def first(self, doing: str, work: Callable[[], Result]) -> Result:
-        """Run `work` on rank 0 only and give its result to every rank; if it fails, raise on every rank."""
+    def first(self, doing: str, work: Callable[[], Result], *, rank: int = 0) -> Result:
+        """Run `work` on one rank only and give its result to every rank; if it fails, raise on every rank."""
         outcome: list[Any] = [None]
         error = None
-        if self.rank == 0:
+        if self.rank == rank:
             try:
                 outcome = [(work(), None)]
             except Exception as caught:
                 error = caught
-                outcome = [(None, _describe(0, caught))]
+                outcome = [(None, _describe(rank, caught))]
         if self.world > 1:
-            dist.broadcast_object_list(outcome, group_src=0, group=self.group)
+            dist.broadcast_object_list(outcome, group_src=rank, group=self.group)
         result, failure = outcome[0]
         if failure is not None:
             raise _as_error(doing, [failure]) from error
@@ -105,3 +107,8 @@ def _as_error(doing: str, failures: list[_Failure]) -> Exception:
         return CheckpointError(failures[0].message)
     named = "; ".join(f"rank {failure.rank}: {failure.message}" for failure in failures)
     return CheckpointError(f"{doing} failed ({named})")
+
+
+def host_name() -> str:
+    """A name that processes share which see each other's memory."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"

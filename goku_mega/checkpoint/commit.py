@@ -25,6 +25,7 @@ from goku_mega.checkpoint.manifest import (
     FileRecord,
     committed,
     manifest_bytes,
+    parse_manifest,
     record_bytes,
     size_fault,
 )
@@ -119,26 +120,42 @@ def with_digests(index: Index, digests: Sequence[NDArray[np.uint64]]) -> Index:
     return replace(index, digests=tuple(digests))
 
 
-def publish(root: Folder, attempt: str, step: int, index: Index, info: dict[str, Any], token: str) -> Folder:
+def assembled(index: Index, step: int, info: dict[str, Any]) -> dict[str, bytes]:
+    """The small files of a checkpoint by name, its manifest last."""
+    content = {
+        INDEX: index.to_bytes(),
+        TORCH_METADATA: torch_metadata(index),
+        INFO: json.dumps(info, indent=1).encode(),
+    }
+    files = {name: record_bytes(data) for name, data in content.items()}
+    for name, size, digests in zip(index.files, index.file_bytes.tolist(), index.digests, strict=True):
+        files[name] = FileRecord(size, digest_file(digests))
+    return {**content, MANIFEST: manifest_bytes(step, files)}
+
+
+def publish(
+    root: Folder, attempt: str, step: int, content: dict[str, bytes], token: str, *, whole: bool = True
+) -> Folder:
     """Commit: once this returns the checkpoint exists with every file it needs; before, none does.
 
+    Args:
+        content: what `assembled` gave.
+        whole: False where the folder has only the files of one node's ranks, and of those it keeps copies of.
+
     Raises:
-        OSError: the store is full or at fault.
-        ValueError: the ranks' boxes do not fill every tensor once.
+        OSError: the store is full or at fault, or a file is not there as it was written.
     """
-    index.check_complete()
     folder = attempt_folder(root, step, attempt)
-    about = {INDEX: index.to_bytes(), TORCH_METADATA: torch_metadata(index), INFO: json.dumps(info, indent=1).encode()}
-    for name, content in about.items():
-        folder.write(name, [content])
-    files = {name: record_bytes(content) for name, content in about.items()}
-    for name, size, digests in zip(index.files, index.file_bytes.tolist(), index.digests, strict=True):
-        if folder.size(name) != size:
-            raise OSError(f"{folder}/{name} has {folder.size(name)} bytes instead of {size}")
-        files[name] = FileRecord(size, digest_file(digests))
+    files, there = parse_manifest(content[MANIFEST], f"{folder}/{MANIFEST}"), set(folder.names())
+    for name, record in files.items():
+        if name not in content and (whole or name in there) and folder.size(name) != record.bytes:
+            raise OSError(f"{folder}/{name} has {folder.size(name)} bytes instead of {record.bytes}")
+    for name, data in content.items():
+        if name != MANIFEST:
+            folder.write(name, [data])
     if root.read(OWNER).decode() != token:
         raise PermissionError(f"another job has taken over {root}; this one may not commit there")
-    folder.write(MANIFEST, [manifest_bytes(step, files)])
+    folder.write(MANIFEST, [content[MANIFEST]])
     return _named(root, folder, step) if isinstance(root, LocalFolder) and isinstance(folder, LocalFolder) else folder
 
 
@@ -155,21 +172,29 @@ def _named(root: LocalFolder, folder: LocalFolder, step: int) -> Folder:
     return final
 
 
-def retire(root: Folder, step: int, retention: Retention) -> list[int]:
-    """Delete the checkpoints that `retention` does not keep, after the one of `step` was committed; their steps."""
-    kept = [_kept(found.step, found.folder) for found in committed(root)]
+def retire(root: Folder, step: int, retention: Retention, *, whole: bool = True) -> list[int]:
+    """Delete the checkpoints that `retention` does not keep, after the one of `step` was committed; their steps.
+
+    Args:
+        whole: False where the folder has only the files of some ranks.
+    """
+    try:
+        kept = [_kept(found.step, found.folder, whole) for found in committed(root)]
+    except OSError as error:  # a store that does not answer now would make the good look damaged
+        logger.warning("no old checkpoint in %s is deleted (%s)", root, error)
+        return []
     gone = retired(kept, step, retention)
     for checkpoint in gone:
         delete(root, checkpoint.name)
     return [checkpoint.step for checkpoint in gone]
 
 
-def _kept(step: int, folder: Folder) -> Kept:
+def _kept(step: int, folder: Folder, whole: bool) -> Kept:
     try:
         loss = json.loads(folder.read(INFO)).get("loss")
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError):
         loss = None
-    return Kept(step, folder.name, size_fault(folder) is None, loss)
+    return Kept(step, folder.name, size_fault(folder, whole=whole) is None, loss)
 
 
 def delete(root: Folder, name: str) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
+from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.load import Stored, load_named
-from goku_mega.checkpoint.model_card import Exported, model_card
+from goku_mega.checkpoint.model_card import WeightsSummary, model_card
 from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.checkpoint.weights_files import TensorKind, write_text, write_weights
@@ -51,8 +52,8 @@ class _Weights:
         return self.stored.info
 
     @property
-    def summary(self) -> Exported:
-        return Exported(
+    def summary(self) -> WeightsSummary:
+        return WeightsSummary(
             weights=self.part,
             parameters=sum(torch.Size(kind.shape).numel() for kind in self.kinds),
             dtypes=tuple(sorted({str(kind.dtype).removeprefix("torch.") for kind in self.kinds})),
@@ -109,13 +110,18 @@ def _write(output: Path, stored: Stored, config: ExportConfig) -> tuple[_Weights
 def _choose(stored: Stored, config: ExportConfig) -> _Weights:
     prefix = f"{stored_under(config.weights)}/"
     kinds = tuple(
-        TensorKind(t.name.removeprefix(prefix), DTYPES.get(config.dtype, getattr(torch, t.dtype)), t.shape)
-        for t in stored.index.tensors
-        if t.name.startswith(prefix)
+        TensorKind(tensor.name.removeprefix(prefix), _dtype(tensor, config), tensor.shape)
+        for tensor in stored.index.tensors
+        if tensor.name.startswith(prefix)
     )
     if not kinds:
         raise CheckpointError(f"{stored.folder} holds no weights {config.weights!r}; set weights to ema or model")
     return _Weights(stored, config.weights, kinds, int(config.max_file_gb * GB))
+
+
+def _dtype(tensor: StoredTensor, config: ExportConfig) -> torch.dtype:
+    stored: torch.dtype = getattr(torch, tensor.dtype)
+    return DTYPES.get(config.dtype, stored) if stored.is_floating_point else stored
 
 
 def _write_pipeline(folder: Path, weights: _Weights) -> list[str]:

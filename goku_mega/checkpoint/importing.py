@@ -1,7 +1,8 @@
 """Weights in safetensors, alone or in diffusers' folders, back to a checkpoint: `export` the other way round."""
 
 import json
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,32 +24,60 @@ from goku_mega.model.specs import make_engine
 from goku_mega.model.transformer import GokuTransformer, megatron_config
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import core_attention
+from goku_mega.parallel.shards import Shard
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Weights outside of a checkpoint."""
+
+    info: dict[str, Any]
+    """What a checkpoint would keep beside them."""
+    tensors: dict[str, Tensor]
+    """By parameter name; mapped from the files, not read."""
+
+    @classmethod
+    def open(cls, source: Path, *, vae: str = "", text: str = "") -> "Exported":
+        """The weights in a .safetensors file, in a folder with some, or in diffusers' folders.
+
+        Args:
+            vae, text: encoders that belong to them; empty: those that the source has or names.
+
+        Raises:
+            CheckpointError: the source is missing, damaged or no Goku model.
+        """
+        folder = source / "transformer" if (source / "model_index.json").is_file() else source
+        tensors = WeightsFiles.open(folder).tensors()
+        about = _read_config(folder.parent if folder.is_file() else folder)
+        shape = _stated_shape(about, folder) if "hidden_size" in about else _shape_by_size(tensors, source)
+        _check(tensors, shape, source)
+        info = {
+            "step": int(about.get("step", 0)),
+            "run": about.get("run", {"seed": 0, "flow": asdict(FlowConfig())}),
+            "model": {"size": about.get("size", "imported"), **asdict(shape)},
+            "dataset": _dataset(source, about.get("dataset", {}), vae, text),
+            "layout": f"imported from {source.resolve()}",
+        }
+        return cls(info, tensors)
+
+    def fill(self, shards: Mapping[str, Shard]) -> None:
+        """Copy the weights into a model's boxes, by parameter name."""
+        for name, shard in shards.items():
+            shard.tensor.copy_(shard.take(self.tensors[name]))
 
 
 def import_weights(config: ImportConfig) -> dict[str, Any]:
     """Write the weights in `config.source` as a checkpoint in the folder `config.output`, in the dtypes they have.
 
-    The numbers are mapped from the files and written from there.
-
     Raises:
         CheckpointError: the source is missing, damaged or no Goku model, or there are checkpoints in the output.
     """
-    source, output = Path(config.source), open_folder(config.output)
+    output = open_folder(config.output)
     check_no_checkpoints(output)
-    folder = source / "transformer" if (source / "model_index.json").is_file() else source
-    tensors = WeightsFiles.open(folder).tensors()
-    about = _read_config(folder.parent if folder.is_file() else folder)
-    shape = _stated_shape(about, folder) if "hidden_size" in about else _shape_by_size(tensors, source)
-    _check(tensors, shape, source)
-    info = info_of_new({
-        "step": int(about.get("step", 0)),
-        "run": about.get("run", {"seed": 0, "flow": asdict(FlowConfig())}),
-        "model": {"size": about.get("size", "imported"), **asdict(shape)},
-        "dataset": _dataset(config, source, about.get("dataset", {})),
-        "layout": f"imported from {source.resolve()}",
-    })  # fmt: skip
+    exported = Exported.open(Path(config.source), vae=config.vae, text=config.text)
+    info = info_of_new(exported.info)
     parts = ("model", "ema") if config.weights == "both" else (config.weights,)
-    named = {f"{stored_under(part)}/{name}": tensor for part in parts for name, tensor in tensors.items()}
+    named = {f"{stored_under(part)}/{name}": tensor for part in parts for name, tensor in exported.tensors.items()}
     stored = [StoredTensor(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in named.items()]
     path = write_checkpoint(output, stored, lambda parts: (_cut(named, part) for part in parts), info, files=1)
     return {
@@ -56,9 +85,14 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
         "step": info["step"],
         "size": info["model"]["size"],
         "parts": list(parts),
-        "tensors": len(tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensors": len(exported.tensors),
+        "parameters": sum(tensor.numel() for tensor in exported.tensors.values()),
     }
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `path` is weights outside of a checkpoint: a safetensors file, or a folder with some."""
+    return path.is_file() or (path / "model_index.json").is_file() or WeightsFiles.are_in(path)
 
 
 def _cut(tensors: dict[str, Tensor], part: Part) -> Tensor:
@@ -139,12 +173,12 @@ def _parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _dataset(config: ImportConfig, source: Path, named: dict[str, Any]) -> dict[str, Any]:
+def _dataset(source: Path, named: dict[str, Any], vae: str, text: str) -> dict[str, Any]:
     """Which encoders belong to the weights: those asked for, those in the source's folders, or those it names."""
     dataset = {"path": str(source.resolve()), **named}
     inside = source / "model_index.json"
-    vae = config.vae or (str(source.resolve() / "vae") if inside.is_file() else "")
-    text = config.text or (str(source.resolve() / "text_encoder") if inside.is_file() else "")
+    vae = vae or (str(source.resolve() / "vae") if inside.is_file() else "")
+    text = text or (str(source.resolve() / "text_encoder") if inside.is_file() else "")
     if vae:
         place = str(Path(vae).resolve()) if vae != "tiny" and Path(vae).is_dir() else vae
         dataset |= {"vae": place, "vae_key": content_key(place)}

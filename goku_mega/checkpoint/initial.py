@@ -81,7 +81,7 @@ def _fill(stored: Stored, shards: Mapping[str, Shard], weights: str, fresh: Sequ
     told = ranks.gather(mine if kinds.index(kinds[ranks.rank]) == ranks.rank else None)
     all_ranks = [comparison for comparison in told if comparison is not None]
     _check(str(stored.folder), all_ranks, weights, fresh)
-    stored.fill({f"{prefix}{name}": shards[name] for name in mine.taken})
+    stored.fill({f"{prefix}{name}": shards[name] for name in sorted(mine.taken)})
     return Loaded(
         str(stored.folder),
         loaded=tuple(sorted(frozenset.union(*(comparison.taken for comparison in all_ranks)))),

@@ -4,6 +4,7 @@ Every byte is checked as it is read, so what is damaged is passed over and said,
 changes a folder of checkpoints, so it is safe beside a run that writes there.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -45,9 +46,14 @@ class Stored:
     """A checkpoint that has been opened: what is in it, but none of its tensors yet."""
 
     folder: Folder
+    """Where this rank reads it."""
     index: Index
     info: dict[str, Any]
     group: dist.ProcessGroup | None
+    node: str = ""
+    """The folder on this rank's own node that it is in; empty: all ranks read the same folder."""
+    files: frozenset[str] | None = None
+    """Those in the node's folder."""
 
     @classmethod
     def open(cls, place: Place, *, group: dist.ProcessGroup | None = None) -> "Stored":
@@ -64,6 +70,24 @@ class Stored:
             raise DamagedCheckpoint(content)
         return cls(folder, Index.from_bytes(content[0]), _parsed(content[1], folder), group)
 
+    @classmethod
+    def open_on_nodes(
+        cls, node_folder: str, name: str, rank: int, *, group: dist.ProcessGroup | None = None
+    ) -> "Stored":
+        """Open a checkpoint of which each node has some files; `rank` reads the small ones for all.
+
+        Raises:
+            DamagedCheckpoint: they are damaged.
+        """
+        ranks, folder = Ranks.of(group), open_folder(node_folder).child(name)
+        content = ranks.first(f"opening {folder}", lambda: _read_small(folder, whole=False), rank=rank)
+        if isinstance(content, str):
+            raise DamagedCheckpoint(content)
+        index = Index.from_bytes(content[0])
+        sizes = dict(zip(index.files, index.file_bytes.tolist(), strict=True))
+        files = frozenset(file for file in folder.names() if file in sizes and folder.size(file) == sizes[file])
+        return cls(folder, index, _parsed(content[1], folder), group, node_folder, files)
+
     def fill(self, shards: Mapping[str, Shard]) -> None:
         """Fill boxes, by stored name, in place; another dtype is converted. Every rank calls it with its own boxes.
 
@@ -72,32 +96,40 @@ class Stored:
             CheckpointError: on every rank, if it cannot be read.
         """
         try:
-            read_boxes(self.folder, self.index, shards, Ranks.of(self.group))
+            read_boxes(self.folder, self.index, shards, Ranks.of(self.group), node=self.node, files=self.files)
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
 
 
 def load_newest(
-    place: Place, load: Callable[[Stored], Result], *, group: dist.ProcessGroup | None = None
+    place: Place, load: Callable[[Stored], Result], *, node_folder: str = "", group: dist.ProcessGroup | None = None
 ) -> tuple[Stored, Result] | None:
     """Load the newest checkpoint of a folder of them that `load` reads without finding it damaged; None if none is
     there. What is passed over is said, and why.
 
     Args:
         load: fills what it fills from an opened checkpoint; it may have to begin again with an older one.
+        node_folder: the folder on this rank's own node; what the nodes have together is preferred to `place`.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     ranks = Ranks.of(group)
-    places = ranks.first(
+    candidates = ranks.first(
         f"looking for checkpoints in {place}",
-        lambda: [(found.step, location(found.folder)) for found in committed(open_folder(place))],
+        lambda: [(found.step, location(found.folder), -1) for found in committed(open_folder(place))],
     )
+    if node_folder:
+        candidates = sorted(
+            [*_on_nodes(node_folder, ranks), *candidates], key=lambda one: (one[0], one[2] >= 0), reverse=True
+        )
     damaged: list[tuple[int, str]] = []
-    for step, candidate in places:
+    for step, candidate, rank in candidates:
         try:
-            stored = Stored.open(candidate, group=group)
+            if rank < 0:
+                stored = Stored.open(candidate, group=group)
+            else:
+                stored = Stored.open_on_nodes(node_folder, str(candidate), rank, group=group)
             result = load(stored)
         except DamagedCheckpoint as error:
             damaged.append((step, str(error)))
@@ -249,9 +281,34 @@ def fill(
     stored.fill(shards)
 
 
-def _read_small(folder: Folder) -> tuple[bytes, bytes] | str:
+def _on_nodes(node_folder: str, ranks: Ranks) -> list[tuple[int, str, int]]:
+    """The checkpoints whose files the nodes have together: step, name of the folder, and a rank that sees it."""
+    root = open_folder(node_folder)
+
+    def look() -> list[tuple[int, str, dict[str, FileRecord], set[str]]]:
+        seen = []
+        for found in committed(root):
+            with contextlib.suppress(CheckpointError, OSError):
+                files = read_manifest(found.folder)
+                there = {name for name in found.folder.names() if name in files}
+                whole = {name for name in there if found.folder.size(name) == files[name].bytes}
+                seen.append((found.step, found.folder.name, files, whole))
+        return seen
+
+    by_rank = ranks.together(f"looking for checkpoints in {node_folder}", look)
+    complete: list[tuple[int, str, int]] = []
+    for rank, seen in enumerate(by_rank):
+        for step, name, files, _ in seen:
+            alike = [whole for of_rank in by_rank for other in of_rank if other[:3] == (step, name, files)
+                     for whole in other[3:]]  # fmt: skip
+            if set().union(*alike) == set(files) and (step, name) not in [one[:2] for one in complete]:
+                complete.append((step, name, rank))
+    return complete
+
+
+def _read_small(folder: Folder, *, whole: bool = True) -> tuple[bytes, bytes] | str:
     """Index and info, or what is wrong with the checkpoint."""
-    fault = size_fault(folder)
+    fault = size_fault(folder) if whole else None
     if fault is not None:
         return fault
     files: dict[str, FileRecord] = read_manifest(folder)

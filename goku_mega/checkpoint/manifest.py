@@ -86,19 +86,28 @@ def read_manifest(folder: Folder) -> dict[str, FileRecord]:
     """
     named = f"{folder}/{MANIFEST}"
     try:
-        content = json.loads(folder.read(MANIFEST))
-        body = {"step": content["step"], "files": content["files"]}
-        if content["xxh3"] != _checksum(body):
-            raise CheckpointError(f"{named} does not match its own checksum")
-        files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        content = folder.read(MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(f"{named} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{named} cannot be read ({error.strerror or error})") from None
+    match = _COMMITTED.fullmatch(folder.name)
+    return parse_manifest(content, named, int(match[1]) if match else None)
+
+
+def parse_manifest(content: bytes, named: str, step: int | None = None) -> dict[str, FileRecord]:
+    """The files that a manifest lists; it must be that of `step`, if one is given.
+
+    Raises:
+        CheckpointError: it is damaged, or of another step.
+    """
+    try:
+        parsed = json.loads(content)
+        body = {"step": parsed["step"], "files": parsed["files"]}
+        if parsed["xxh3"] != _checksum(body):
+            raise CheckpointError(f"{named} does not match its own checksum")
+        files = {name: FileRecord(**record) for name, record in body["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{named} is damaged: it is not the JSON that was written") from None
-    match = _COMMITTED.fullmatch(folder.name)
-    if match and int(match[1]) != body["step"]:
+    if step is not None and step != body["step"]:
         raise CheckpointError(f"{named} is of step {body['step']}, not of the step in the folder's name")
     return files
 
@@ -107,16 +116,23 @@ def _checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def size_fault(folder: Folder) -> str | None:
-    """What a look at names and sizes finds wrong with a checkpoint: one line, or None."""
+def size_fault(folder: Folder, *, whole: bool = True) -> str | None:
+    """What a look at names and sizes finds wrong with a checkpoint: one line, or None.
+
+    Args:
+        whole: False looks at the manifest only.
+
+    Raises:
+        OSError: the storage does not answer, which says nothing about the checkpoint.
+    """
     try:
         files = read_manifest(folder)
     except CheckpointError as error:
         return str(error)
-    for name, record in files.items():
+    for name, record in files.items() if whole else ():
         try:
             size = folder.size(name)
-        except OSError:
+        except FileNotFoundError:
             return f"{folder}/{name} is missing"
         if size != record.bytes:
             return f"{folder}/{name} has {size} bytes instead of {record.bytes}"

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 
 PAPER = "arXiv 2502.04896"
+PRIVATE = ("path", "vae_key")
+"""What a data set says of itself that means nothing on another machine."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class WeightsSummary:
     """What the card is about, besides the checkpoint's own info."""
 
     weights: str
@@ -21,7 +23,7 @@ class Exported:
     bytes: int
 
 
-def model_card(info: Mapping[str, Any], exported: Exported) -> str:
+def model_card(info: Mapping[str, Any], exported: WeightsSummary) -> str:
     """README.md of a folder of weights: Markdown with the YAML head that the Hugging Face hub reads.
 
     The licence stays open, for whoever publishes the weights to choose. Figures are shown only if `info` holds them.
@@ -40,11 +42,10 @@ def model_card(info: Mapping[str, Any], exported: Exported) -> str:
             "stored as": f"{', '.join(exported.dtypes)} ({exported.bytes / 1e9:.3g} GB)",
             **{name.replace("_", " "): value for name, value in model.items()},
         }),
-        _section("Training data", _table(info.get("dataset", {}))),
+        _section("Training data", _table({k: v for k, v in info.get("dataset", {}).items() if k not in PRIVATE})),
         _section("Measured", _table(_figures(info))),
         _section("Recipe", _recipe(info.get("run", {}))),
-        "## Use\n\n```bash\ngoku-mega checkpoint import THIS_FOLDER output=imported\n"
-        "goku-mega sample checkpoint=imported prompt=\"...\" output=sample.mp4\n```\n",
+        _section("Use", _use(model)),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
@@ -61,6 +62,13 @@ def _figures(info: Mapping[str, Any]) -> dict[str, Any]:
     return measured | dict(info.get("figures", {}))
 
 
+def _use(model: Mapping[str, Any]) -> str:
+    commands = ["goku-mega checkpoint import THIS_FOLDER imported    # to train from: init.checkpoint=imported"]
+    if model.get("text_width") is not None:
+        commands.insert(0, "goku-mega sample checkpoint=THIS_FOLDER prompt='...' output=sample.mp4")
+    return "```bash\n" + "\n".join(commands) + "\n```\n"
+
+
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
@@ -73,7 +81,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _words(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 

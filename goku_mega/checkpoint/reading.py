@@ -5,10 +5,10 @@ into memory that the ranks of a host share; hosts that need it, too, get it over
 what is its own. That goes in rounds of a bounded size, and the next round is read while this one is copied.
 """
 
+import errno
 import mmap
 import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from goku_mega.checkpoint.agree import Ranks
+from goku_mega.checkpoint.agree import Ranks, host_name
 from goku_mega.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, Index
 from goku_mega.checkpoint.storage import Folder
 from goku_mega.errors import DamagedCheckpoint
@@ -33,14 +33,27 @@ READ_BYTES = 16 * 2**20
 READERS = 3
 
 
-def read_boxes(folder: Folder, index: Index, shards: Mapping[str, Shard], ranks: Ranks) -> None:
+def read_boxes(
+    folder: Folder,
+    index: Index,
+    shards: Mapping[str, Shard],
+    ranks: Ranks,
+    *,
+    node: str = "",
+    files: Collection[str] | None = None,
+) -> None:
     """Fill `shards`, by stored name, in place; other dtypes are converted. Every rank calls it with its own boxes.
+
+    Args:
+        folder: where this rank reads.
+        node: tells nodes apart that have the same host name.
+        files: those in `folder`; None: all, as in a folder that every rank sees.
 
     Raises:
         DamagedCheckpoint: on every rank, where a file is not what was written.
         OSError: on every rank, where the storage failed.
     """
-    plan = _Plan.make(index, shards, ranks)
+    plan = _Plan.make(index, shards, ranks, node, files)
     buffers = _HostBuffers(plan, ranks)
     copier = _Copier(index, shards)
     with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-read") as pool:
@@ -94,21 +107,31 @@ class _Plan:
         return self.hosts[self.rank]
 
     @classmethod
-    def make(cls, index: Index, shards: Mapping[str, Shard], ranks: Ranks) -> "_Plan":
+    def make(
+        cls, index: Index, shards: Mapping[str, Shard], ranks: Ranks, node: str, files: Collection[str] | None
+    ) -> "_Plan":
         first_block = np.concatenate([[0], np.cumsum([len(digests) for digests in index.digests])]).astype(np.int64)
-        gathered = ranks.gather((_host(), np.packbits(_needed_blocks(index, first_block, shards))))
-        names = [name for name, _ in gathered]
+        readable = np.array([files is None or name in files for name in index.files], dtype=bool)
+        needs = np.packbits(_needed_blocks(index, first_block, shards))
+        gathered = ranks.gather((f"{host_name()} {node}", needs, np.packbits(readable)))
+        names = [name for name, _, _ in gathered]
         hosts = tuple(names.index(name) for name in names)
         blocks = int(first_block[-1])
-        by_rank = np.stack([np.unpackbits(bits, count=blocks) for _, bits in gathered]).astype(bool)  # [ranks, blocks]
+        by_rank = np.stack([np.unpackbits(bits, count=blocks) for _, bits, _ in gathered]).astype(bool)
+        file_of = np.repeat(np.arange(len(index.files)), np.diff(first_block))
+        can_read = np.stack([np.unpackbits(bits, count=len(index.files)) for _, _, bits in gathered]).astype(bool)
+        reading = _reading(by_rank, can_read[:, file_of])  # [ranks, blocks]
+        if (by_rank.any(axis=0) & ~reading.any(axis=0)).any():
+            block = int((by_rank.any(axis=0) & ~reading.any(axis=0)).argmax())
+            raise DamagedCheckpoint(f"no node has {index.files[file_of[block]]} of the checkpoint")
         needed: dict[int, NDArray[np.bool_]] = {
-            host: np.logical_or.reduce(by_rank[np.equal(hosts, host)]) for host in set(hosts)
+            host: np.logical_or.reduce((by_rank | reading)[np.equal(hosts, host)]) for host in set(hosts)
         }
         numbers = np.arange(blocks) - np.repeat(first_block[:-1], np.diff(first_block))
         file_bytes = np.repeat(index.file_bytes, np.diff(first_block))
         block_bytes = np.minimum(BLOCK_BYTES, file_bytes - numbers * BLOCK_BYTES)
         wanted = np.flatnonzero(by_rank.any(axis=0))
-        patterns, pattern = np.unique(by_rank[:, wanted], axis=1, return_inverse=True)
+        patterns, pattern = np.unique(reading[:, wanted], axis=1, return_inverse=True)
         rounds = _rounds(wanted, pattern, {host: block_bytes * needed[host] for host in needed})
         readers = _readers(rounds, dict(zip(wanted.tolist(), pattern.tolist(), strict=True)), patterns, block_bytes)
         return cls(index, ranks.rank, hosts, first_block, block_bytes, rounds, readers, needed)
@@ -133,9 +156,13 @@ class _Plan:
         return max((int((self.block_bytes * self.needed[host])[blocks].sum()) for blocks in self.rounds), default=0)
 
 
-def _host() -> str:
-    """A name that processes share which see each other's memory."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+def _reading(by_rank: NDArray[np.bool_], can_read: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[ranks, blocks], who may read a block: of those that need it those that can, or else one that can."""
+    reading = by_rank & can_read
+    for block in np.flatnonzero(by_rank.any(axis=0) & ~reading.any(axis=0) & can_read.any(axis=0)).tolist():
+        able = np.flatnonzero(can_read[:, block])
+        reading[able[block % len(able)], block] = True
+    return reading
 
 
 def _needed_blocks(index: Index, first_block: NDArray[np.int64], shards: Mapping[str, Shard]) -> NDArray[np.bool_]:
@@ -251,7 +278,7 @@ def _read(folder: Folder, index: Index, file: int, start: int, buffer: memoryvie
     except (FileNotFoundError, EOFError) as error:
         return DamagedCheckpoint(f"{folder}/{name} is missing or too short ({error})")
     except OSError as error:
-        return error
+        return DamagedCheckpoint(f"{folder}/{name}: {error}") if error.errno == errno.EIO else error
     for offset in range(0, len(buffer), BLOCK_BYTES):
         block = (start + offset) // BLOCK_BYTES
         if xxhash.xxh3_64_intdigest(buffer[offset : offset + BLOCK_BYTES]) != int(index.digests[file][block]):

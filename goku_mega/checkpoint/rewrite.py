@@ -4,6 +4,7 @@ The same files as a run of as many ranks writes, each tensor spread over all of 
 of some tensors.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,11 +15,20 @@ import xxhash
 from torch import Tensor
 
 from goku_mega import environment
-from goku_mega.checkpoint.commit import attempt_folder, file_name, joined, publish, take_over, with_digests
+from goku_mega.checkpoint.commit import (
+    OWNER,
+    assembled,
+    attempt_folder,
+    file_name,
+    joined,
+    publish,
+    take_over,
+    with_digests,
+)
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, StoredTensor
 from goku_mega.checkpoint.load import Stored, load_named
-from goku_mega.checkpoint.manifest import committed
+from goku_mega.checkpoint.progress import byte_progress
 from goku_mega.checkpoint.save import FORMAT
 from goku_mega.checkpoint.save_plan import Box, SavePlan, plan_rank
 from goku_mega.checkpoint.storage import Folder, open_folder
@@ -66,18 +76,19 @@ def reshard(config: ReshardConfig) -> dict[str, Any]:
 
 
 def check_no_checkpoints(output: Folder) -> None:
-    """Refuse a folder in which checkpoints of something else are.
+    """Refuse a folder in which something else has saved, or is about to.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: it has.
     """
-    if committed(output):
-        raise CheckpointError(f"{output} holds checkpoints already; choose another output")
+    if any(name == OWNER or name.startswith("step_") for name in output.names()):
+        raise CheckpointError(f"{output} holds checkpoints already, or a run writes there; choose another output")
 
 
 def info_of_new(info: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint that no run has written says of itself, besides `info`."""
-    return {**info, "format": FORMAT, "torch": torch.__version__, "code": environment.code_version(), "world": 1}
+    about = {"format": FORMAT, "torch": torch.__version__, "code": environment.code_version()}
+    return {**info, **about, "world": 1, "saved_at_s": time.time()}
 
 
 def write_checkpoint(
@@ -94,7 +105,7 @@ def write_checkpoint(
             f"{unknown.name} is of the type {unknown.dtype}; one of {', '.join(ITEM_BYTES)} is stored"
         )
     plans = [plan_rank(_boxes(tensors, number, files)) for number in range(files)]
-    existed, token = bool(root.names()), uuid.uuid4().hex[:12]
+    token = uuid.uuid4().hex[:12]
     attempt = f"{token}-1"
     folder = attempt_folder(root, info["step"], attempt)
     try:
@@ -103,13 +114,18 @@ def write_checkpoint(
             raise OSError(f"{free / 1e9:.3f} GB are free, and {needed / 1e9:.3f} GB are to be written")
         take_over(root, token)
         indexes = []
-        for number, plan in enumerate(plans):
-            digests: list[int] = []
-            folder.write(file_name(number), _digested(_content(plan, read), digests))
-            indexes.append(with_digests(plan.index(file_name(number)), [np.array(digests, dtype=np.uint64)]))
-        return publish(root, attempt, info["step"], joined(indexes), info, token)
+        with byte_progress("write", needed) as advance:
+            for number, plan in enumerate(plans):
+                digests: list[int] = []
+                folder.write(file_name(number), _digested(_content(plan, read), digests, advance))
+                indexes.append(with_digests(plan.index(file_name(number)), [np.array(digests, dtype=np.uint64)]))
+        index = joined(indexes)
+        index.check_complete()
+        return publish(root, attempt, info["step"], assembled(index, info["step"], info), token)
     except BaseException as error:
-        (folder if existed else root).remove()
+        folder.remove()
+        if root.names() == [OWNER]:
+            root.remove()
         if isinstance(error, OSError):
             raise CheckpointError(f"{root} cannot be written to ({error})") from error
         raise
@@ -133,7 +149,9 @@ def _content(plan: SavePlan, read: Reader) -> Iterator[bytes | memoryview]:
     yield bytes(plan.file_bytes - end)
 
 
-def _digested(pieces: Iterator[bytes | memoryview], digests: list[int]) -> Iterator[memoryview]:
+def _digested(
+    pieces: Iterator[bytes | memoryview], digests: list[int], advance: Callable[[int], None]
+) -> Iterator[memoryview]:
     """The same bytes; the checksums of the file's blocks are appended to `digests` on the way."""
     hasher, filled = xxhash.xxh3_64(), 0
     for piece in pieces:
@@ -143,6 +161,7 @@ def _digested(pieces: Iterator[bytes | memoryview], digests: list[int]) -> Itera
             hasher.update(taken)
             filled += len(taken)
             yield taken
+            advance(len(taken))
             if filled == BLOCK_BYTES:
                 digests.append(hasher.intdigest())
                 hasher, filled = xxhash.xxh3_64(), 0

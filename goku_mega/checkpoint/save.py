@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from goku_mega import environment
-from goku_mega.checkpoint.agree import Ranks
+from goku_mega.checkpoint.agree import Ranks, host_name
 from goku_mega.checkpoint.commit import (
+    assembled,
     attempt_folder,
     file_name,
     joined,
@@ -33,13 +34,14 @@ from goku_mega.checkpoint.commit import (
     with_digests,
     write_image,
 )
+from goku_mega.checkpoint.coordinator import Place
 from goku_mega.checkpoint.image import Snapshot
 from goku_mega.checkpoint.index import Index
 from goku_mega.checkpoint.retention import Retention
 from goku_mega.checkpoint.save_plan import plan_rank
 from goku_mega.checkpoint.state import State, box_of, stored_shards
 from goku_mega.checkpoint.storage import Folder, open_folder
-from goku_mega.checkpoint.writer import Order, Outcome, Place
+from goku_mega.checkpoint.writer import Order, Outcome
 from goku_mega.errors import CheckpointError
 
 FORMAT = 2
@@ -83,7 +85,7 @@ def save_checkpoint(
     try:
         parts = ranks.together(doing, lambda: _write(root, step, attempt, state, ranks.rank))
         about = {**info, "step": step, **_about(ranks), "saved_at_s": time.time()}
-        path = ranks.first(doing, lambda: str(publish(root, attempt, step, _joined(parts), about, token)))
+        path = ranks.first(doing, lambda: _publish(root, step, attempt, parts, about, token))
     except BaseException:
         if ranks.rank == 0:
             attempt_folder(root, step, attempt).remove()
@@ -102,8 +104,10 @@ def _write(root: Folder, step: int, attempt: str, state: State, rank: int) -> by
     return with_digests(index, [digests]).to_bytes()
 
 
-def _joined(parts: list[bytes]) -> Index:
-    return joined([Index.from_bytes(part) for part in parts])
+def _publish(root: Folder, step: int, attempt: str, parts: list[bytes], info: dict[str, Any], token: str) -> str:
+    index = joined([Index.from_bytes(part) for part in parts])
+    index.check_complete()
+    return str(publish(root, attempt, step, assembled(index, step, info), token))
 
 
 def _prepare(state: State, rank: int) -> tuple[Snapshot, Index]:
@@ -140,6 +144,8 @@ class Saver:
         keep: int,
         keep_every: int = 0,
         keep_best: int = 0,
+        node_folder: str = "",
+        store_every: int = 1,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """Plan, allocate and start the writer processes, so that no save has to.
@@ -148,6 +154,9 @@ class Saver:
             folder: holds the checkpoints of one run; a path or URL that all ranks see.
             state: this rank's boxes; the tensors must stay where they are in memory.
             keep, keep_every, keep_best: see `Retention`.
+            node_folder: a folder on each node's own disk or memory, on which checkpoints are committed first; each
+                node's files are copied to another node, too, so that the loss of one node loses nothing.
+            store_every: with a `node_folder`, every how many saves one goes on into `folder`.
             group: a gloo group over all ranks; None takes the default group.
 
         Raises:
@@ -157,12 +166,17 @@ class Saver:
         self._ranks = ranks = Ranks.of(group)
         doing = f"preparing to save in {folder}"
         self._snapshot, index = ranks.each(doing, lambda: _prepare(state, ranks.rank))
-        listener = _listen() if ranks.rank == 0 else None
-        token, coordinator = ranks.first(doing, lambda: (_take_over(open_folder(folder)), _address(listener)))
+        listener = ranks.each(doing, _listen)
+        token = ranks.first(doing, lambda: uuid.uuid4().hex[:12])
+        addresses = tuple(ranks.gather((_own_address(), listener.getsockname()[1])))
+        leaders, peer = _nodes(ranks, node_folder)
         place = Place(
-            self.folder, token, ranks.rank, ranks.world, coordinator, Retention(keep, keep_every, keep_best)
+            self.folder, node_folder, token, ranks.rank, addresses, leaders, peer,
+            Retention(keep, keep_every, keep_best),
         )  # fmt: skip
+        ranks.each(doing, lambda: _take_over_all(place))
         self._token = token
+        self._tiers, self._store_every = ("node",) if node_folder else ("store",), store_every
         self._writer = _WriterProcess(place, index.to_bytes(), self._snapshot.image.fd, listener)
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._copied, self._idle = threading.Event(), threading.Event()
@@ -199,7 +213,9 @@ class Saver:
             self._idle.wait()
         self._count += 1
         about = {**info, "step": step, **_about(self._ranks)}
-        self._last = Order(step, f"{self._token}-{self._count}", about)
+        on_to_store = self._tiers == ("node",) and self._count % self._store_every == 0
+        tiers = (*self._tiers, "store") if on_to_store else self._tiers
+        self._last = Order(step, f"{self._token}-{self._count}", about, tiers)
         self._idle.clear()
         self._copied.clear()
         self._snapshot.begin()
@@ -294,7 +310,7 @@ class Saver:
 class _WriterProcess:
     """The rank's end of its writer."""
 
-    def __init__(self, place: Place, index: bytes, image_fd: int, listener: socket.socket | None) -> None:
+    def __init__(self, place: Place, index: bytes, image_fd: int, listener: socket.socket) -> None:
         self.place = place
         self.index = index
         self.image_fd = image_fd
@@ -305,16 +321,16 @@ class _WriterProcess:
     def start(self) -> None:
         """Start it, or start it anew; returns before it is ready."""
         self._pipe, theirs = multiprocessing.Pipe()
-        listener_fd = -1 if self.listener is None else self.listener.fileno()
-        descriptors = [theirs.fileno(), self.image_fd, listener_fd]
-        here = str(Path(__file__).parents[2])
+        descriptors = [theirs.fileno(), self.image_fd, self.listener.fileno()]
+        start = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
+            "from goku_mega.checkpoint.writer import main; main()"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from goku_mega.checkpoint.writer import main; main()",
-             *map(str, descriptors), str(os.getpid())],
-            pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])},
+            [sys.executable, "-c", start, *map(str, descriptors), str(os.getpid())],
+            pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         theirs.close()
         self._pipe.send((self.place, self.index))
         self._ready = False
@@ -340,16 +356,43 @@ class _WriterProcess:
         self.ended = True
         self._process.kill()
         self._process.wait()
-        if self.listener is not None:
-            self.listener.close()
+        self.listener.close()
+
+
+def _one_host() -> bool:
+    return environment.local_world_size() == environment.world_size()
 
 
 def _listen() -> socket.socket:
-    """Rank 0's socket for all writers; it outlives a writer that is killed."""
-    one_host = environment.local_world_size() == environment.world_size()
-    return socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=4096)
+    """A rank's socket for the other ranks' writers; it outlives a writer that is killed."""
+    return socket.create_server(("127.0.0.1" if _one_host() else "", 0), backlog=4096)
 
 
-def _address(listener: socket.socket | None) -> tuple[str, int]:
-    assert listener is not None
-    return environment.master_address(), listener.getsockname()[1]
+def _own_address() -> str:
+    """This host, as the others of the job reach it."""
+    if _one_host():
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; asks which way it would go
+        probe.connect((environment.master_address(), 9))
+        return probe.getsockname()[0]
+
+
+def _nodes(ranks: Ranks, node_folder: str) -> tuple[tuple[int, ...], int]:
+    """The first rank of each node, and the rank on the next node that keeps a copy of this rank's file, or -1."""
+    names = ranks.gather(f"{host_name()} {node_folder}")
+    leaders = tuple(rank for rank, name in enumerate(names) if name not in names[:rank])
+    if not node_folder or len(leaders) == 1:
+        return leaders, -1
+    mine = leaders.index(names.index(names[ranks.rank]))
+    following = names[leaders[(mine + 1) % len(leaders)]]
+    there = [rank for rank, name in enumerate(names) if name == following]
+    place = [rank for rank, name in enumerate(names) if name == names[ranks.rank]].index(ranks.rank)
+    return leaders, there[place % len(there)]
+
+
+def _take_over_all(place: Place) -> None:
+    """Become the job that writes, where this rank is the first to see the folder."""
+    if place.rank == 0:
+        take_over(open_folder(place.store), place.token)
+    if place.node and place.rank in place.leaders:
+        take_over(open_folder(place.node), place.token)

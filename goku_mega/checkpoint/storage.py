@@ -90,7 +90,7 @@ class Folder(Protocol):
         """
 
     def remove_file(self, name: str) -> None:
-        """Remove a file. Raises FileNotFoundError."""
+        """Remove a file; no error if it does not exist."""
 
     def free_bytes(self) -> int | None:
         """Bytes that this process may still write there; None where nobody knows."""
@@ -185,8 +185,9 @@ class LocalFolder:
         return written
 
     def remove_file(self, name: str) -> None:
-        os.unlink(self.path / _one_part(name))
-        self.sync()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path / _one_part(name))
+            self.sync()
 
     def free_bytes(self) -> int | None:
         place = self.path.absolute()
@@ -323,11 +324,8 @@ class FsspecFolder:
     def remove_file(self, name: str) -> None:
         url = self._file(name)
 
-        def ask() -> None:
-            store, path = self._store(url)
-            store.rm_file(path)
-
-        self._ask("remove", url, ask)
+        with suppress(FileNotFoundError):
+            self._ask("remove", url, lambda: self._delete(url))
 
     def free_bytes(self) -> int | None:
         return None

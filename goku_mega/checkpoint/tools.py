@@ -129,15 +129,14 @@ def prune(config: PruneConfig) -> dict[str, Any]:
         gone = _retired(rows, retention)
     if newest is None:
         gone = []  # nothing that would stay is intact
-    names = {one.name for one in gone}
+    paths = {one.name for one in gone}
     for row in rows:
-        row["verdict"] = "stays" if row["name"] not in names else "deleted" if config.delete else "would be deleted"
+        row["verdict"] = "stays" if row["path"] not in paths else "deleted" if config.delete else "would be deleted"
     if config.delete:
-        folders = {one.folder.name: one.folder for one in found}
-        parent = _run_checkpoints(root)
-        for one in reversed(gone):  # the oldest first: whatever stops this, the newer ones are there
-            delete(parent, folders[one.name].name)
-    freed = sum(row["bytes"] for row in rows if row["name"] in names)
+        for one in reversed(found):  # the oldest first: whatever stops this, the newer ones are there
+            if str(one.folder) in paths:
+                delete(_run_checkpoints(root), one.folder.name)
+    freed = sum(row["bytes"] for row in rows if row["path"] in paths)
     shown = [{name: row[name] for name in ("step", "verdict", "kept_as", "bytes", "loss", "fault")} for row in rows]
     return {"folder": config.path, "checkpoints": shown, "deleted": config.delete, "count": len(gone), "bytes": freed}
 
@@ -232,7 +231,7 @@ def _rows(found: Sequence[Found], faults: Sequence[str | None], retention: Reten
     if rules is not None:
         reasons = kept_as(_kept(rows), max(row["step"] for row in rows), rules)
         for row in rows:
-            row["kept_as"] = ", ".join(reasons.get(row["name"], [])) or None
+            row["kept_as"] = ", ".join(reasons.get(row["path"], [])) or None
     return rows
 
 
@@ -242,7 +241,6 @@ def _row(found: Found, fault: str | None) -> Row:
     saved_at_s = info.get("saved_at_s")
     return {
         "step": found.step,
-        "name": found.folder.name,
         "path": str(found.folder),
         "bytes": total_bytes(found.folder),
         "intact": fault is None,
@@ -273,20 +271,20 @@ def _retention(info: Mapping[str, Any]) -> Retention | None:
 
 
 def _kept(rows: Sequence[Row]) -> list[Kept]:
-    return [Kept(row["step"], row["name"], row["intact"], row["loss"]) for row in rows]
+    return [Kept(row["step"], row["path"], row["intact"], row["loss"]) for row in rows]
 
 
 def _retired(rows: Sequence[Row], retention: Retention) -> list[Kept]:
     newest_step = max(row["step"] for row in rows)
     reasons = kept_as(_kept(rows), newest_step, retention)
     for row in rows:
-        row["kept_as"] = ", ".join(reasons.get(row["name"], [])) or None
+        row["kept_as"] = ", ".join(reasons.get(row["path"], [])) or None
     return retired(_kept(rows), newest_step, retention)
 
 
 def _newest_kept(rows: Sequence[Row], gone: Sequence[Kept]) -> Row | None:
-    names = {one.name for one in gone}
-    return next((row for row in rows if row["intact"] and row["name"] not in names), None)
+    paths = {one.name for one in gone}
+    return next((row for row in rows if row["intact"] and row["path"] not in paths), None)
 
 
 def _parts(tensors: Sequence[StoredTensor]) -> list[Row]:

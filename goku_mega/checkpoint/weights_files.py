@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from goku_mega.checkpoint.progress import byte_progress
 from goku_mega.errors import CheckpointError
 
 SUFFIX = ".safetensors"
@@ -66,12 +67,14 @@ def write_weights(
     # The format wants each tensor at a multiple of its numbers' size; the largest first makes it so without gaps.
     ordered = sorted(kinds, key=lambda kind: (-kind.dtype.itemsize, kind.name))
     files = _divide(ordered, max_file_bytes)
-    if len(files) == 1:
-        _write_file(folder / f"{stem}{SUFFIX}", files[0], read, about)
-        return [f"{stem}{SUFFIX}"]
     names = [f"{stem}-{number:05d}-of-{len(files):05d}{SUFFIX}" for number in range(1, len(files) + 1)]
-    for name, inside in zip(names, files, strict=True):
-        _write_file(folder / name, inside, read, about)
+    if len(files) == 1:
+        names = [f"{stem}{SUFFIX}"]
+    with byte_progress("write", sum(kind.bytes for kind in ordered)) as advance:
+        for name, inside in zip(names, files, strict=True):
+            _write_file(folder / name, inside, read, about, advance)
+    if len(files) == 1:
+        return names
     index = {
         "metadata": {"total_size": sum(kind.bytes for kind in ordered)},
         "weight_map": {kind.name: name for name, inside in zip(names, files, strict=True) for kind in inside},
@@ -92,7 +95,13 @@ def _divide(kinds: Sequence[TensorKind], max_file_bytes: int) -> list[list[Tenso
     return files
 
 
-def _write_file(path: Path, kinds: Sequence[TensorKind], read: Reader, about: dict[str, str]) -> None:
+def _write_file(
+    path: Path,
+    kinds: Sequence[TensorKind],
+    read: Reader,
+    about: dict[str, str],
+    advance: Callable[[int], None],
+) -> None:
     head: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
     end = 0
     for kind in kinds:
@@ -104,6 +113,7 @@ def _write_file(path: Path, kinds: Sequence[TensorKind], read: Reader, about: di
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in read(kinds):
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            advance(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
@@ -122,6 +132,11 @@ class WeightsFiles:
 
     files: dict[str, Path]
     """Which file each tensor is in."""
+
+    @staticmethod
+    def are_in(folder: Path) -> bool:
+        """Whether a folder has such files, whole or not."""
+        return any((folder / f"{stem}{suffix}").is_file() for stem in STEMS for suffix in (SUFFIX, INDEX_SUFFIX))
 
     @classmethod
     def open(cls, path: Path) -> "WeightsFiles":

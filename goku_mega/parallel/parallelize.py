@@ -260,7 +260,8 @@ def _shard(parameter: nn.Parameter, tp_dim: int | None, groups: Groups, *, on_ev
     if tp_dim is not None:
         offsets[tp_dim] += groups.tp_rank * parameter.shape[tp_dim]
         global_shape[tp_dim] *= groups.layout.tp
-    return Shard(_local(parameter.detach()), tuple(global_shape), tuple(offsets), _copies(groups, tp_dim, on_every_stage))
+    copies = _copies(groups, tp_dim, on_every_stage)
+    return Shard(_local(parameter.detach()), tuple(global_shape), tuple(offsets), copies)
 
 
 def _copies(groups: Groups, tp_dim: int | None, on_every_stage: bool) -> Copies:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from goku_mega.checkpoint.importing import Exported, is_exported
 from goku_mega.checkpoint.load import Stored, fill, load_named
-from goku_mega.checkpoint.storage import Folder
+from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.config import SampleConfig
 from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
@@ -66,10 +67,10 @@ class Pipeline:
 
     @classmethod
     def from_checkpoint(cls, path: Path, *, weights: str, untrained: bool = False) -> "Pipeline":
-        """Load the newest intact checkpoint of a run folder, or one checkpoint folder.
+        """Load the newest intact checkpoint of a run folder, one checkpoint folder, or exported weights.
 
         Args:
-            weights: ema or model.
+            weights: ema or model; exported weights are what they were exported as.
             untrained: leave the weights as they were before the first step.
 
         Raises:
@@ -77,21 +78,29 @@ class Pipeline:
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
+        def build(info: dict[str, Any], place: Folder) -> ParallelModel:
+            _encoders(info["dataset"], place)
+            shape = _shape(info["model"], place)
+            return build_model(shape, single_process_groups(device), seed=info["run"]["seed"], fsdp=False)
+
         def load(stored: Stored) -> ParallelModel:
-            info = stored.info
-            _encoders(info["dataset"], stored.folder)
-            shape = _shape(info["model"], stored.folder)
-            model = build_model(shape, single_process_groups(device), seed=info["run"]["seed"], fsdp=False)
+            model = build(stored.info, stored.folder)
             if not untrained:
-                fill(stored, {weights: model.shards}, model=info["model"])
+                fill(stored, {weights: model.shards}, model=stored.info["model"])
             return model
 
-        stored, model = load_named(path, load)
-        info = stored.info
-        vae, text = _encoders(info["dataset"], stored.folder)
+        if is_exported(path):
+            exported, place = Exported.open(path), open_folder(path)
+            info, model = exported.info, build(exported.info, place)
+            if not untrained:
+                exported.fill(model.shards)
+        else:
+            stored, model = load_named(path, load)
+            info, place = stored.info, stored.folder
+        vae, text = _encoders(info["dataset"], place)
         return cls(
             model=model.module.eval().requires_grad_(False),
-            shape=_shape(info["model"], stored.folder),
+            shape=_shape(info["model"], place),
             vae=load_vae(vae, device),
             text=load_text_encoder(text, device),
             shift_base_tokens=info["run"]["flow"]["shift_base_tokens"],
@@ -196,6 +205,11 @@ def _shape(about: dict[str, Any], checkpoint: Folder) -> ModelShape:
 
 def _encoders(dataset: dict[str, Any], checkpoint: Folder) -> tuple[str, str]:
     """Where the VAE and the text encoder of a checkpoint's data set are."""
+    if "vae" not in dataset or "text" not in dataset:
+        raise CheckpointError(
+            f"{checkpoint} does not say which encoders its weights go with; name them: "
+            "`goku-mega checkpoint import ... vae=... text=...`"
+        )
     vae, text = dataset["vae"], dataset["text"]
     if content_key(vae) != dataset["vae_key"]:
         raise CheckpointError(

@@ -156,6 +156,7 @@ def train(run: FlowRun) -> dict[str, Any]:
             Saver(
                 checkpoints(run), trainer.state,
                 keep=keep.keep, keep_every=keep.keep_every_steps, keep_best=keep.keep_best,
+                node_folder=keep.node_folder, store_every=keep.store_every,
             )
         )  # fmt: skip
         clock = StepClock(peak_flops_of_job(device, computed, layout.world_size))
@@ -228,7 +229,7 @@ def resume(trainer: Trainer, run: FlowRun, shape: ModelShape) -> int:
         check_same_run(run, stored.info["run"], str(stored.folder))
         fill(stored, trainer.state, model=describe_model(run.size, shape))
 
-    loaded = load_newest(checkpoints(run), load)
+    loaded = load_newest(checkpoints(run), load, node_folder=run.checkpoint.node_folder)
     if loaded is None:
         begin(trainer, run)
         return 0

@@ -63,6 +63,10 @@ def calls_of_a_save(folder: Path, log: Path, step: int) -> list[Call]:
     return calls
 
 
+def count(calls: list[Call]) -> str:
+    return f"{len(calls)} calls: {dict(Counter(call.name for call in calls))}"
+
+
 def commit(calls: list[Call]) -> Call:
     """The rename to the final name."""
     final = re.compile(r'step_\d+\.tmp[^"]*", (AT_FDCWD<[^>]*>, )?"[^"]*/step_\d+"')
@@ -90,7 +94,6 @@ def test_a_kill_at_any_call_finds_the_old_checkpoint_before_the_commit_and_the_n
         expected = "first" if call.order <= point_of_no_return else "second"
         assert attempt_found(folder) == expected, f"killed at {call}: {call.arguments}"
         assert_next_save_cleans_up(folder)
-    print("killed at", dict(Counter(call.name for call in calls)))
 
 
 def test_a_kill_at_any_call_of_the_first_save_leaves_nothing_or_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -101,6 +104,7 @@ def test_a_kill_at_any_call_of_the_first_save_leaves_nothing_or_a_whole_checkpoi
     calls = calls_in(tmp_path / "log", tmp_path / "dry")
     point_of_no_return = commit(calls).order
     for call, folder, log in one_by_one(tmp_path, calls):
+        folder.parent.mkdir()
         with Victim(save) as victim:
             victim.ask(tmp_path / f"warm up {call}", 1, "first")
             with traced(victim.pid, log, f"{call.name}:signal=KILL:when={call.number}"):
@@ -250,42 +254,56 @@ def test_a_machine_lost_at_any_call_of_the_writer_has_the_old_or_the_new_checkpo
 
 
 def test_a_writer_killed_at_any_call_is_started_again_and_saves(tmp_path: Path) -> None:
-    for call, folder, log in one_by_one(tmp_path, calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log")):
-        with Victim(Training(folder)) as victim:
-            writer = victim.ask("start")
-            with traced(writer, log, f"{call.name}:signal=KILL:when={call.number}"):
-                outcome = victim.ask("save", 2, "second")
-            assert victim.ask("writer") != writer, f"no kill at {call}"
+    calls = calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log")
+    folder = tmp_path / "checkpoints"
+    with Victim(Training(folder)) as victim:
+        writer = victim.ask("start")
+        for step, call in enumerate(calls, start=2):
+            with traced(writer, tmp_path / "log", f"{call.name}:signal=KILL:when={call.number}"):
+                outcome = victim.ask("save", step, f"{step}")
             assert outcome.fault == "", f"killed at {call}: {call.arguments}"
-            assert attempt_found(folder) == "second"
-            assert victim.ask("save", 3, "third").fault == ""
-            victim.ask("close")
-        assert attempt_found(folder) == "third"
-        assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"], f"killed at {call}: {call.arguments}"
+            assert attempt_found(folder) == f"{step}"
+            before, writer = writer, victim.ask("writer")
+            assert writer != before, f"no kill at {call}"
+        assert victim.ask("save", step + 1, "last").fault == ""
+        victim.ask("close")
+    assert attempt_found(folder) == "last"
+    assert sorted(os.listdir(folder)) == [OWNER, f"step_{step + 1:08d}"]
 
 
-def test_an_error_at_any_call_of_the_writer_is_tried_again_or_one_clear_line(tmp_path: Path) -> None:
+def test_an_error_at_a_call_of_the_writer_is_tried_again_or_one_clear_line(tmp_path: Path) -> None:
     planned = failures(calls_of_the_writer(tmp_path / "dry", tmp_path / "dry.log"))
+    chosen = random.Random(5).sample(planned, 16)  # each takes as long as the writer pauses before it tries again
     answers: Counter[str] = Counter()
-    places = one_by_one(tmp_path, [call for call, _ in planned])
-    for (call, error), (_, folder, log) in zip(planned, places, strict=True):
-        with Victim(Training(folder)) as victim:
-            writer = victim.ask("start")
+    folder, log = tmp_path / "checkpoints", tmp_path / "log"
+    with Victim(Training(folder)) as victim:
+        writer, before = victim.ask("start"), "first"
+        for step, (call, error) in zip(range(2, 200, 2), chosen, strict=False):
             with traced(writer, log, f"{call.name}:error={error}:when={call.number}"):
-                outcome = victim.ask("save", 2, "second")
+                outcome = victim.ask("save", step, f"{step}")
             where = f"{error} at {call}: {call.arguments}: {outcome.fault}"
             assert "(INJECTED)" in log.read_text(), where
             if outcome.fault == "":
-                assert attempt_found(folder) == "second", where
+                assert attempt_found(folder) == f"{step}", where
             else:
                 assert "\n" not in outcome.fault, where
                 assert ("No space left" if error == "ENOSPC" else "Input/output error") in outcome.fault, where
-                assert attempt_found(folder) in ("first", "second"), where
+                assert attempt_found(folder) in (before, f"{step}"), where
             answers[f"{call.name} {error}: {'refused' if outcome.fault else 'saved'}"] += 1
-            assert victim.ask("save", 3, "third").fault == "", where  # the same writer, the next time
-            victim.ask("close")
-        assert sorted(os.listdir(folder)) == [OWNER, "step_00000003"], where
+            before = f"{step + 1}"
+            assert victim.ask("save", step + 1, before).fault == "", where  # the same writer, the next time
+            assert sorted(os.listdir(folder)) == [OWNER, f"step_{step + 1:08d}"], where
+        assert victim.ask("writer") == writer
+        victim.ask("close")
     print(dict(answers))
+
+
+def test_the_writer_needs_no_torch(tmp_path: Path) -> None:
+    """It is started beside every rank, and again when it was killed: torch would cost a second and much memory."""
+    with Victim(Training(tmp_path / "checkpoints")) as victim:
+        writer = victim.ask("start")
+        assert "torch" not in Path(f"/proc/{writer}/maps").read_text()
+        victim.ask("close")
 
 
 def test_training_does_not_wait_for_a_disk_that_takes_its_time_to_sync(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from goku_mega import cli
 from goku_mega.checkpoint import export as exporting
 from goku_mega.checkpoint import in_turn
 from goku_mega.checkpoint.export import export
@@ -145,8 +146,10 @@ def test_what_comes_back_is_what_left_and_samples_alike(run_dir: Path, tmp_path:
     old, new = (load_info(open_checkpoint(path)) for path in (run_dir, back))
     assert (new["model"], new["run"], new["step"]) == (old["model"], old["run"], old["step"])
 
-    first, again = (Pipeline.from_checkpoint(path, weights="ema").latents(PROMPTS, DRAWING) for path in (run_dir, back))
-    assert torch.equal(first[0], again[0])
+    first, *others = (
+        Pipeline.from_checkpoint(path, weights="ema").latents(PROMPTS, DRAWING)[0] for path in (run_dir, back, out)
+    )
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_diffusers_and_transformers_load_the_folders_parts(run_dir: Path, tmp_path: Path):
@@ -295,5 +298,19 @@ def test_weights_alone_are_known_by_their_size(tmp_path: Path):
     assert info["dataset"]["vae"] == "tiny"
     assert same(weights_of(tmp_path / "back", "ema"), tensors)
     assert weights_of(tmp_path / "back", "model") == {}
+    with pytest.raises(CheckpointError, match="does not say which encoders its weights go with"):
+        Pipeline.from_checkpoint(tmp_path / "back", weights="ema")
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         import_weights(ImportConfig(source=str(source), output=str(tmp_path / "back")))
+
+
+def test_the_commands_go_there_and_back(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    assert cli.main(["checkpoint", "export", str(run_dir), out, "dtype=bf16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 7
+    assert cli.main(["checkpoint", "import", out, back, "weights=ema", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["parts"] == ["ema"]
+    assert {tensor.dtype for tensor in weights_of(Path(back), "ema").values()} == {torch.bfloat16}
+    for words in (["export", str(run_dir), out], ["export", out, str(tmp_path / "other")], ["import", back, out]):
+        assert cli.main(["checkpoint", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -65,7 +65,7 @@ def make_index(tensors: list[StoredTensor], boxes: list[tuple[int, Box]], files:
     for row, (number, (offsets, sizes)) in enumerate(boxes):
         file, head = row % files, ends[row % files]
         data = head + 300
-        ends[file] = data + math.prod(sizes) * ITEM_BYTES[tensors[number].dtype]
+        ends[file] = data + max(0, math.prod(sizes)) * ITEM_BYTES[tensors[number].dtype]
         unused = MAX_DIMS - len(offsets)
         rows.append((number, file, head, data, (*offsets, *[0] * unused), (*sizes, *[1] * unused)))
     chunks = Chunks(

@@ -146,6 +146,15 @@ class TestEveryFolder:
         folder.child("step_5").remove()
         folder.child("never").remove()
 
+    def test_remove_file_takes_only_that_file(self, folder: Folder) -> None:
+        for name in ("a", "ab"):
+            folder.write(name, [b"1"])
+        folder.remove_file("a")
+        assert folder.names() == ["ab"]
+        folder.remove_file("a")
+        folder.child("never").remove_file("a")
+        assert folder.names() == ["ab"]
+
     def test_a_missing_file(self, folder: Folder) -> None:
         folder.child("inner").write("a", [b"1"])
         for ask in (
@@ -352,6 +361,7 @@ class TestFailingStore:
             lambda: folder.size("a"),
             lambda: folder.read("a"),
             lambda: folder.names(),
+            lambda: folder.remove_file("b"),
             lambda: folder.write("a", [content, b"more"]),
         ):
             front.fail(fault, times=2)

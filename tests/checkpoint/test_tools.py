@@ -309,3 +309,19 @@ def test_every_command_answers_in_json_and_takes_its_places_without_names(run_di
         assert cli.main(["checkpoint", *words]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1), err
+
+
+def test_checkpoints_in_an_object_store_are_handled_alike(tmp_path: Path):
+    store = f"memory://{tmp_path.name}/run"
+    for step in (1, 2, 3):
+        about = {"run": RECIPE, "model": {"size": "tiny"}}
+        save_checkpoint(f"{store}/checkpoints", step, state("rows", step=step), about, keep=99)
+    assert steps(list_checkpoints(CheckpointFolder(path=store)), kept_as="newest") == [3, 2]
+    assert verify(CheckpointFolder(path=store))["latest_intact_step"] == 3
+    assert inspect(InspectConfig(path=store))["step"] == 3
+    assert steps(prune(PruneConfig(path=store, keep=1, delete=True)), verdict="deleted") == [2, 1]
+    assert steps(list_checkpoints(CheckpointFolder(path=store))) == [3]
+    done = reshard(ReshardConfig(checkpoint=store, output=f"{store}-other", files=2))
+    assert diff(DiffConfig(first=store, second=done["checkpoint"]))["same"]
+    local = reshard(ReshardConfig(checkpoint=f"{store}-other", output=str(tmp_path / "local")))
+    assert diff(DiffConfig(first=store, second=local["checkpoint"]))["same"]
