@@ -60,8 +60,7 @@ def read_boxes(
         reads = _begin(pool, folder, index, plan, 0, buffers)
         for number in range(len(plan.rounds)):
             fault = next((fault for read in reads if (fault := read.result()) is not None), None)
-            if fault is None:
-                _exchange(plan, number, buffers, ranks)
+            _exchange(plan, number, buffers, ranks)  # also what is damaged: the others wait for it
             # Passed by a rank that has copied the round before: so its buffer may be filled again.
             faults = [fault for fault in ranks.gather(fault) if fault is not None]
             if faults:
