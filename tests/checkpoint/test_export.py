@@ -18,9 +18,11 @@ from goku_mega.checkpoint import in_turn
 from goku_mega.checkpoint.export import export
 from goku_mega.checkpoint.importing import import_weights
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
+from goku_mega.checkpoint.initial import initialise_from
 from goku_mega.checkpoint.load import Stored, load_info, open_checkpoint
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.config import ExportConfig, ImportConfig
+from goku_mega.encoders.vae import TINY
 from goku_mega.errors import CheckpointError
 from goku_mega.model.sizes import SIZES
 from goku_mega.parallel.groups import single_process_groups
@@ -114,6 +116,11 @@ def test_mixed_dtypes_scalars_keep_what_they_are(tmp_path: Path):
     save_checkpoint(tmp_path / "run", 1, {"model": shards}, {"model": {}}, keep=1)
     export(ExportConfig(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "out"), weights="model"))
     assert same(load_file(tmp_path / "out" / "model.safetensors"), tensors)
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(length))
+    starts = {name: 8 + length + head[name]["data_offsets"][0] for name in tensors}
+    assert all(start % tensors[name].itemsize == 0 for name, start in starts.items())  # so it can be mapped as it is
 
 
 def test_the_card_says_what_the_checkpoint_says_and_no_more(run_dir: Path, tmp_path: Path):
@@ -145,6 +152,10 @@ def test_what_comes_back_is_what_left_and_samples_alike(run_dir: Path, tmp_path:
         assert same(weights_of(back, part), weights_of(run_dir, "ema"))
     old, new = (load_info(open_checkpoint(path)) for path in (run_dir, back))
     assert (new["model"], new["run"], new["step"]) == (old["model"], old["run"], old["step"])
+
+    model = build_model(Pipeline.from_checkpoint(out, weights="ema").shape, single_process_groups(), seed=5)
+    initialise_from(back, model.shards, weights="model")  # as a new run of training does
+    assert same({name: shard.tensor for name, shard in model.shards.items()}, weights_of(run_dir, "ema"))
 
     first, *others = (
         Pipeline.from_checkpoint(path, weights="ema").latents(PROMPTS, DRAWING)[0] for path in (run_dir, back, out)
@@ -246,6 +257,27 @@ def test_missing_weights_and_encoders_are_named(make_run: MakeRun, run_dir: Path
     with pytest.raises(CheckpointError, match="VAE 'tiny' .* gone or has changed"):
         export(ExportConfig(checkpoint=str(changed), output=str(tmp_path / "out"), style="diffusers"))
     assert not (tmp_path / "out").exists()
+
+
+def test_encoders_from_the_hub_are_copied_from_their_downloaded_files(make_run: MakeRun, tmp_path: Path, monkeypatch):
+    run_dir = make_run(vae="maker/vae", vae_key="maker/vae", text="maker/t5")
+    data = Path(load_info(open_checkpoint(run_dir))["dataset"]["path"])
+    places = {"maker/vae": TINY, "maker/t5": data / "text_encoder"}
+    monkeypatch.setattr("goku_mega.checkpoint.export.is_out_of_reach", lambda name: True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: places[name])
+    done = export(ExportConfig(checkpoint=str(run_dir), output=str(tmp_path / "out"), style="diffusers"))
+    for file in ("vae/config.json", "text_encoder/spiece.model", "tokenizer/spiece.model"):
+        name, last = file.split("/")
+        source = TINY if name == "vae" else data / "text_encoder"
+        assert (tmp_path / "out" / file).read_bytes() == (source / last).read_bytes() and file in done["files"]
+
+
+def test_an_encoder_that_cannot_be_fetched_is_named(make_run: MakeRun, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("goku_mega.checkpoint.export.is_out_of_reach", lambda name: True)
+    run_dir = make_run(vae="nobody/vae", vae_key="nobody/vae")
+    with pytest.raises(CheckpointError, match="encoder 'nobody/vae' is no folder and cannot be fetched"):
+        export(ExportConfig(checkpoint=str(run_dir), output=str(tmp_path / "out"), style="diffusers"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def exported(run_dir: Path, folder: Path, max_file_gb: float = 0.0) -> Path:

@@ -239,8 +239,11 @@ def test_torchs_own_tool_reads_a_resharded_checkpoint(run_dir: Path, tmp_path: P
 
 
 def test_resharding_leaves_nothing_where_it_fails(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(CheckpointError, match="holds checkpoints already"):
-        reshard(ReshardConfig(checkpoint=str(run_dir), output=str(run_dir / "checkpoints")))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".owner").write_text("a run that has saved nothing yet")
+    for taken in (run_dir / "checkpoints", tmp_path / "new"):
+        with pytest.raises(CheckpointError, match="holds checkpoints already, or a run writes there"):
+            reshard(ReshardConfig(checkpoint=str(run_dir), output=str(taken)))
     flip(checkpoint(run_dir, 7) / "__0_0.distcp")
     with pytest.raises(CheckpointError, match="is damaged"):
         reshard(ReshardConfig(checkpoint=str(checkpoint(run_dir, 7)), output=str(tmp_path / "out")))
