@@ -126,7 +126,8 @@ def _take_over(root: Folder) -> str:
 
 def _about(ranks: Ranks) -> dict[str, Any]:
     version = environment.code_version()
-    return {"format": FORMAT, "torch": torch.__version__, "code": version, "world": ranks.world}
+    # a plain str: the writer has no torch to unpickle its own kind of it with
+    return {"format": FORMAT, "torch": str(torch.__version__), "code": version, "world": ranks.world}
 
 
 class Saver:
@@ -175,7 +176,7 @@ class Saver:
             Retention(keep, keep_every, keep_best),
         )  # fmt: skip
         ranks.each(doing, lambda: _take_over_all(place))
-        self._token = token
+        self._token, self._about = token, _about(ranks)
         self._tiers, self._store_every = ("node",) if node_folder else ("store",), store_every
         self._writer = _WriterProcess(place, index.to_bytes(), self._snapshot.image.fd, listener)
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -212,7 +213,7 @@ class Saver:
                            step, under_way)  # fmt: skip
             self._idle.wait()
         self._count += 1
-        about = {**info, "step": step, **_about(self._ranks)}
+        about = {**info, "step": step, **self._about}
         on_to_store = self._tiers == ("node",) and self._count % self._store_every == 0
         tiers = (*self._tiers, "store") if on_to_store else self._tiers
         self._last = Order(step, f"{self._token}-{self._count}", about, tiers)

@@ -168,7 +168,7 @@ def train(run: FlowRun) -> dict[str, Any]:
             # The row comes first: a checkpoint whose steps are not all in the metrics would lose them at a kill.
             metrics.record(
                 clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=saving_s + trainer.fence_s)
-                | {"checkpoint_failures": saver.failures}
+                | {"checkpoint_failures": saver.failures, "checkpoint_waits": saver.waits}
             )
             steps_done, saving_s = batch.step + 1, 0.0
             if steps_done % run.checkpoint.every_steps == 0 or steps_done == run.steps:

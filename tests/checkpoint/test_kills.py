@@ -119,6 +119,18 @@ def writers(pids: Path) -> list[int]:
     return [pid for name in names_in(pids) if name.isdigit() and is_a_writer(pid := int((pids / name).read_text()))]
 
 
+def kill_writers(choose: random.Random, pids: Path, times: int) -> int:
+    """Kill so many times any of the writers, one soon after the other; how many there were to kill."""
+    killed = 0
+    for _ in range(times):
+        time.sleep(choose.uniform(0, 0.1))
+        if there := writers(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(choose.choice(there), signal.SIGKILL)
+                killed += 1
+    return killed
+
+
 def assert_as_uninterrupted(folder: Path, at_least: int, reference: Uninterrupted) -> int:
     """The newest checkpoint holds what an uninterrupted run has at its step; that step."""
     path = find_latest(folder)
@@ -145,16 +157,13 @@ def test_after_a_kill_at_any_moment_the_run_continues_bit_for_bit(tmp_path: Path
         before = committed_step(folder)
         ranks = start_ranks(train, WORLD, folder, pids, None)
         try:
-            if choose.random() < 0.7:  # or else it is killed while it starts, as like as not
+            if choose.random() < 0.2:  # it is killed while it starts, as like as not
+                time.sleep(choose.uniform(0, 0.5))
+            else:
                 until_committed(folder, before, ranks)
-            if choose.random() < 0.5:
-                for pid in choose.sample(found := writers(pids), min(len(found), choose.choice([1, 2]))):
-                    time.sleep(choose.uniform(0, 0.1))
-                    os.kill(pid, signal.SIGKILL)
-                    killed["writer"] += 1
-                if found:
-                    until_committed(folder, committed_step(folder), ranks)  # a new one is started, and saves
-            time.sleep(choose.uniform(0, 0.3))
+                killed["writer"] += kill_writers(choose, pids, choose.choice([0, 1, 2, 3]))
+                until_committed(folder, committed_step(folder), ranks)  # new ones are started, and save
+                time.sleep(choose.uniform(0, 0.2))
             victim = choose.choice(ranks.processes)
             committed, left = committed_step(folder), writers(pids)
             os.kill(victim.pid or 0, signal.SIGKILL)

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import run_ranks
 from parity import SHAPE, Cell, every_cell, run_of
+
+from launch import run_ranks
 
 OPTIMIZERS = ("adamw", "muon")
 STEP = 7
@@ -213,10 +214,10 @@ def page(found: Sequence[Loaded]) -> str:
     return f"""# Resharding: any layout loads what any other has saved
 
 Model, average and optimizer (AdamW, and Muon) of the parity table's model, in fp32, filled with values that follow
-from the names of the tensors, saved in each of its {count} layouts over gloo, and loaded over NaNs in each of them: all
-{count} x {count} pairs with each optimizer, every box of every rank compared bitwise. Layouts in one line give every rank the
-same boxes and have written the same files, which is checked; one of them loads for all. `pp=2` splits the four
-layers 3 + 1. Written by `python tests/distributed/reshard.py --all --write docs/reshard.md`.
+from the names of the tensors, saved over gloo in each of its {count} layouts, and loaded over NaNs in each of them:
+all {count} x {count} pairs with each optimizer, every box of every rank compared bitwise. Layouts in one line give
+every rank the same boxes and have written the same files, which is checked; one of them loads for all. `pp=2` splits
+the four layers 3 + 1. Written by `python tests/distributed/reshard.py --all --write docs/reshard.md`.
 
 {table(found)}
 """
