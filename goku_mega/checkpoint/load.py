@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
 from goku_mega.checkpoint.agree import Ranks
@@ -268,11 +269,16 @@ def fill(
     chosen = tuple(state) if parts is None else tuple(parts)
     shards = stored_shards(state, chosen)
 
-    def check() -> set[str]:
-        _check_shapes(stored, shards, model)
-        return {tensor.name for tensor in stored.index.tensors if belongs_to(tensor.name, chosen)} - set(shards)
+    names = [tensor.name for tensor in stored.index.tensors if belongs_to(tensor.name, chosen)]
 
-    unclaimed = set.intersection(*ranks.together(f"reading {stored.folder}", check))
+    def claimed() -> bytes:
+        """One bit a name, since there are many names and many ranks."""
+        _check_shapes(stored, shards, model)
+        return np.packbits([name in shards for name in names]).tobytes()
+
+    claims = [np.frombuffer(bits, dtype=np.uint8) for bits in ranks.together(f"reading {stored.folder}", claimed)]
+    nobodys = ~np.unpackbits(np.bitwise_or.reduce(claims), count=len(names)).astype(bool)
+    unclaimed = [name for name, is_nobodys in zip(names, nobodys, strict=True) if is_nobodys]
     if unclaimed:
         raise CheckpointError(
             f"{stored.folder} holds another model: it has {min(unclaimed)} and {len(unclaimed) - 1} more tensors that "
