@@ -116,14 +116,10 @@ def load_newest(
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     ranks = Ranks.of(group)
-    candidates = ranks.first(
-        f"looking for checkpoints in {place}",
-        lambda: [(found.step, location(found.folder), -1) for found in committed(open_folder(place))],
-    )
-    if node_folder:
-        candidates = sorted(
-            [*_on_nodes(node_folder, ranks), *candidates], key=lambda one: (one[0], one[2] >= 0), reverse=True
-        )
+    candidates = _on_nodes(node_folder, ranks) if node_folder else []
+    doing = f"looking for checkpoints in {place}"
+    in_store = ranks.first(doing, lambda: _in_store(place, needed=not candidates))
+    candidates = sorted([*candidates, *in_store], key=lambda one: (one[0], one[2] >= 0), reverse=True)
     damaged: list[tuple[int, str]] = []
     for step, candidate, rank in candidates:
         try:
@@ -287,7 +283,18 @@ def fill(
     stored.fill(shards)
 
 
-def _on_nodes(node_folder: str, ranks: Ranks) -> list[tuple[int, str, int]]:
+def _in_store(place: Place, *, needed: bool) -> list[tuple[int, Place, int]]:
+    """The checkpoints in the folder that all ranks see: step, place, and -1 for no rank in particular."""
+    try:
+        return [(found.step, location(found.folder), -1) for found in committed(open_folder(place))]
+    except OSError as error:
+        if needed:  # else a store that does not answer would look like a run that has not begun
+            raise
+        logger.warning("%s cannot be looked at (%s): only the nodes' own checkpoints are", place, error)
+        return []
+
+
+def _on_nodes(node_folder: str, ranks: Ranks) -> list[tuple[int, Place, int]]:
     """The checkpoints whose files the nodes have together: step, name of the folder, and a rank that sees it."""
     root = open_folder(node_folder)
 
@@ -302,7 +309,7 @@ def _on_nodes(node_folder: str, ranks: Ranks) -> list[tuple[int, str, int]]:
         return seen
 
     by_rank = ranks.together(f"looking for checkpoints in {node_folder}", look)
-    complete: list[tuple[int, str, int]] = []
+    complete: list[tuple[int, Place, int]] = []
     for rank, seen in enumerate(by_rank):
         for step, name, files, _ in seen:
             alike = [whole for of_rank in by_rank for other in of_rank if other[:3] == (step, name, files)

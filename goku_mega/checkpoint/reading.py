@@ -167,14 +167,28 @@ def _reading(by_rank: NDArray[np.bool_], can_read: NDArray[np.bool_]) -> NDArray
 def _needed_blocks(index: Index, first_block: NDArray[np.int64], shards: Mapping[str, Shard]) -> NDArray[np.bool_]:
     """[blocks], whether this rank needs a byte of it."""
     change = np.zeros(int(first_block[-1]) + 1, dtype=np.int64)
-    rows = [row for name, shard in shards.items() if not shard.empty for row in _rows(index, name, shard)]
-    if rows:
-        chunks = index.chunks
-        first = first_block[chunks.file[rows]] + chunks.data[rows] // BLOCK_BYTES
-        last = first_block[chunks.file[rows]] + (chunks.data[rows] + index.chunk_bytes[rows] - 1) // BLOCK_BYTES
-        np.add.at(change, first, 1)
-        np.add.at(change, last + 1, -1)
+    for name, shard in shards.items():
+        rows = [] if shard.empty else _rows(index, name, shard)
+        if rows:
+            first, last = _stretch(index, rows, shard)
+            files = first_block[index.chunks.file[rows]]
+            np.add.at(change, files + first // BLOCK_BYTES, 1)
+            np.add.at(change, files + last // BLOCK_BYTES + 1, -1)
     return np.cumsum(change)[:-1] > 0
+
+
+def _stretch(index: Index, rows: Sequence[int], shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first and the last byte in the file of what chunks hold of a box, each [rows]."""
+    dims = len(shard.global_shape)
+    begins, sizes = index.chunks.offsets[rows, :dims], index.chunks.sizes[rows, :dims]
+    low, lengths = np.array(shard.offsets, dtype=np.int64), np.array(shard.tensor.shape, dtype=np.int64)
+    item = index.chunk_bytes[rows] // sizes.prod(axis=1)
+    strides = np.ones_like(sizes)
+    strides[:, :-1] = np.cumprod(sizes[:, :0:-1], axis=1)[:, ::-1]
+    first = ((np.maximum(begins, low) - begins) * strides).sum(axis=1)
+    last = ((np.minimum(begins + sizes, low + lengths) - 1 - begins) * strides).sum(axis=1)
+    data = index.chunks.data[rows]
+    return data + first * item, data + (last + 1) * item - 1
 
 
 def _rows(index: Index, name: str, shard: Shard) -> list[int]:

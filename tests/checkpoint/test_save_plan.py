@@ -21,9 +21,7 @@ Grid = tuple[tuple[int, ...], ...]
 def grids(draw: st.DrawFn) -> Grid:
     """A tensor of up to three axes, and its boxes; some may be empty, as uneven sharding leaves them."""
     shape = draw(st.lists(st.integers(1, 40), max_size=3))
-    return tuple(
-        (0, *sorted(draw(st.lists(st.integers(0, length), max_size=3))), length) for length in shape
-    )  # fmt: skip
+    return tuple((0, *sorted(draw(st.lists(st.integers(0, length), max_size=3))), length) for length in shape)
 
 
 @st.composite
@@ -127,8 +125,8 @@ def test_copies_write_alike(count: int, rows: list[int], ones: int) -> None:
 
 def test_large_boxes_spread_within_two_percent() -> None:
     """A block of the 8B model, with its moments, over every count of copies that a cluster may have."""
-    shapes = {"qkv": (9216, 3072), "proj": (3072, 3072), "fc1": (12288, 3072), "fc2": (3072, 12288), "ada": (18432, 3072),
-              "bias": (12288,), "norm": (3072,)}  # fmt: skip
+    shapes = {"qkv": (9216, 3072), "proj": (3072, 3072), "fc1": (12288, 3072), "fc2": (3072, 12288),
+              "modulation": (18432, 3072), "bias": (12288,), "norm": (3072,)}  # fmt: skip
     for count in (2, 3, 7, 64, 128, 1000):
         plans = [
             plan_rank([
@@ -139,13 +137,6 @@ def test_large_boxes_spread_within_two_percent() -> None:
         ]  # fmt: skip
         index_of(plans).check_complete()
         assert max(plan.file_bytes for plan in plans) <= 1.02 * np.mean([plan.file_bytes for plan in plans])
-
-
-@given(jobs())
-@settings(max_examples=50, deadline=None)
-def test_a_plan_depends_on_nothing_but_the_boxes(ranks: list[list[Box]]) -> None:
-    """Every rank works out its own: none may need to know of the order in which others come."""
-    assert plans_of(ranks) == plans_of(ranks[::-1])[::-1]
 
 
 def pieces_of(plan: SavePlan, name: str) -> list[Piece]:
