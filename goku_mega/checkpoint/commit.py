@@ -59,6 +59,21 @@ def take_over(root: Folder, token: str) -> None:
     remove_leftovers(root)
 
 
+def check_owner(root: Folder, token: str) -> None:
+    """Check that no other job has taken over since. Where somebody has cleared the folder, it is taken anew.
+
+    Raises:
+        PermissionError: another job has.
+    """
+    try:
+        owner = root.read(OWNER).decode()
+    except FileNotFoundError:
+        root.write(OWNER, [token.encode()])
+        return
+    if owner != token:
+        raise PermissionError(f"another job has taken over {root}; this one may not commit there")
+
+
 def remove_leftovers(root: Folder, besides: str = "") -> None:
     """Remove what dead attempts left in `root`, but not the attempt `besides`. Only the owner may call it."""
     for name in root.names():
@@ -87,7 +102,9 @@ def joined(parts: Sequence[Index]) -> Index:
     Raises:
         ValueError: ranks disagree about a tensor.
     """
-    tensors = sorted({tensor for part in parts for tensor in part.tensors}, key=lambda tensor: tensor.name)
+    # Most parts hold the same tensors and share one tuple of them (`Index.from_bytes`): it is looked at once.
+    lists = {id(part.tensors): part.tensors for part in parts}
+    tensors = sorted(set().union(*lists.values()), key=lambda tensor: tensor.name)
     number = {tensor.name: position for position, tensor in enumerate(tensors)}
     if len(number) < len(tensors):
         name = next(a.name for a, b in pairwise(tensors) if a.name == b.name)
@@ -97,9 +114,9 @@ def joined(parts: Sequence[Index]) -> Index:
     def wide(columns: NDArray[np.int64], filler: int) -> NDArray[np.int64]:
         return np.pad(columns, ((0, 0), (0, dims - columns.shape[1])), constant_values=filler)
 
-    numbers = [np.array([number[tensor.name] for tensor in part.tensors], dtype=np.int32) for part in parts]
+    numbers = {key: np.array([number[tensor.name] for tensor in own], dtype=np.int32) for key, own in lists.items()}
     chunks = Chunks(
-        tensor=np.concatenate([own[part.chunks.tensor] for own, part in zip(numbers, parts, strict=True)]),
+        tensor=np.concatenate([numbers[id(part.tensors)][part.chunks.tensor] for part in parts]),
         file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.chunks) for part in parts]),
         head=np.concatenate([part.chunks.head for part in parts]),
         data=np.concatenate([part.chunks.data for part in parts]),
@@ -138,14 +155,18 @@ def publish(
 ) -> Folder:
     """Commit: once this returns the checkpoint exists with every file it needs; before, none does.
 
+    An attempt that is published already stays as it is: whoever asks again did not hear the answer.
+
     Args:
-        content: what `assembled` gave.
+        content: what `assembled` gave; its info names the attempt if this may be asked again.
         whole: False where the folder has only the files of one node's ranks, and of those it keeps copies of.
 
     Raises:
         OSError: the store is full or at fault, or a file is not there as it was written.
     """
-    folder = attempt_folder(root, step, attempt)
+    folder, final = attempt_folder(root, step, attempt), root.child(f"step_{step:08d}")
+    if isinstance(root, LocalFolder) and _info(final).get("attempt") == attempt:
+        return final
     files, there = parse_manifest(content[MANIFEST], f"{folder}/{MANIFEST}"), set(folder.names())
     for name, record in files.items():
         if name not in content and (whole or name in there) and folder.size(name) != record.bytes:
@@ -153,10 +174,15 @@ def publish(
     for name, data in content.items():
         if name != MANIFEST:
             folder.write(name, [data])
-    if root.read(OWNER).decode() != token:
-        raise PermissionError(f"another job has taken over {root}; this one may not commit there")
+    check_owner(root, token)
     folder.write(MANIFEST, [content[MANIFEST]])
     return _named(root, folder, step) if isinstance(root, LocalFolder) and isinstance(folder, LocalFolder) else folder
+
+
+def clear(root: Folder, step: int, attempt: str) -> None:
+    """Remove what was written of an attempt after its end, as a writer does that was started again."""
+    if isinstance(root, LocalFolder):  # elsewhere the attempt's folder is the checkpoint
+        attempt_folder(root, step, attempt).remove()
 
 
 def _named(root: LocalFolder, folder: LocalFolder, step: int) -> Folder:
@@ -190,11 +216,16 @@ def retire(root: Folder, step: int, retention: Retention, *, whole: bool = True)
 
 
 def _kept(step: int, folder: Folder, whole: bool) -> Kept:
+    return Kept(step, folder.name, size_fault(folder, whole=whole) is None, _info(folder).get("loss"))
+
+
+def _info(folder: Folder) -> dict[str, Any]:
+    """What is kept beside a checkpoint's tensors; nothing where that is damaged or missing."""
     try:
-        loss = json.loads(folder.read(INFO)).get("loss")
-    except (FileNotFoundError, ValueError, AttributeError):
-        loss = None
-    return Kept(step, folder.name, size_fault(folder, whole=whole) is None, loss)
+        info = json.loads(folder.read(INFO))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 def delete(root: Folder, name: str) -> None:

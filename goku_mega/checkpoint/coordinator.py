@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 1800.0
 """How long rank 0 waits for the files of the other ranks."""
+BACKLOG = 8192
+"""Connections that may wait to be taken: all ranks report within the same moment."""
 NODE_KEEP = Retention(2)
 """What the nodes' own folders keep: one may be incomplete when a node is lost."""
 
@@ -91,7 +93,9 @@ class Coordinator:
 
     async def _serve(self) -> None:
         self.listener.setblocking(False)
-        server = await asyncio.start_server(self._meet, sock=self.listener, limit=PIECE_BYTES)
+        server = await asyncio.start_server(
+            self._meet, sock=self.listener, limit=PIECE_BYTES, backlog=BACKLOG,
+        )  # fmt: skip
         await server.serve_forever()
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -116,6 +120,7 @@ class Coordinator:
             self.verdicts[name] = asyncio.create_task(self._judge(name))
             for old in [key for key, task in self.verdicts.items() if task.done()][:-4]:
                 del self.attempts[old], self.verdicts[old]
+            self._give_up_before(message)
         attempt = self.attempts[name]
         attempt.info = message.get("info", attempt.info)
         if "fault" in message:
@@ -124,6 +129,13 @@ class Coordinator:
             attempt.parts[message["rank"]] = (message["plan"], message["digests"])
         attempt.changed.set()
         return await asyncio.shield(self.verdicts[name])
+
+    def _give_up_before(self, message: Message) -> None:
+        """A rank that has begun another save will write nothing more for those before it."""
+        for (tier, name), attempt in self.attempts.items():
+            if _number(name) < _number(message["attempt"]) and not self.verdicts[tier, name].done():
+                attempt.fault = attempt.fault or f"rank {message['rank']} has given it up"
+                attempt.changed.set()
 
     async def _judge(self, name: tuple[str, str]) -> Message:
         attempt, loop = self.attempts[name], asyncio.get_running_loop()
@@ -142,9 +154,8 @@ class Coordinator:
         root = self.place.root(attempt.tier)
         if not attempt.fault:
             try:
-                content = assembled(
-                    self._index(attempt), attempt.step, {**(attempt.info or {}), "saved_at_s": time.time()}
-                )
+                info = {**(attempt.info or {}), "attempt": name, "saved_at_s": time.time()}
+                content = assembled(self._index(attempt), attempt.step, info)
                 folder = publish(root, name, attempt.step, content, self.place.token, whole=attempt.tier == "store")
                 retire(root, attempt.step, self._retention(attempt.tier), whole=attempt.tier == "store")
                 attempt.fault = self._publish_on_nodes(attempt, name, content) if attempt.tier == "node" else ""
@@ -225,6 +236,11 @@ class Coordinator:
         finally:
             await loop.run_in_executor(None, _offer, pieces, b"", kept)
         return await kept
+
+
+def _number(attempt: str) -> int:
+    """Which of the job's saves it is."""
+    return int(attempt.rsplit("-", 1)[1])
 
 
 def _offer(pieces: "queue.Queue[bytes]", piece: bytes, kept: "asyncio.Future[Message]") -> None:

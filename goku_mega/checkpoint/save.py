@@ -4,6 +4,7 @@
 torch.distributed.checkpoint would lay them out, an index with checksums, `info.json` and a manifest (see `commit`).
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -41,7 +42,7 @@ from goku_mega.checkpoint.retention import Retention
 from goku_mega.checkpoint.save_plan import plan_rank
 from goku_mega.checkpoint.state import State, box_of, stored_shards
 from goku_mega.checkpoint.storage import Folder, open_folder
-from goku_mega.checkpoint.writer import Order, Outcome
+from goku_mega.checkpoint.writer import Order, Outcome, give_up
 from goku_mega.errors import CheckpointError
 
 FORMAT = 2
@@ -291,8 +292,12 @@ class Saver:
                 if self._writer.ended:
                     break
                 logger.warning("the writer of the checkpoint of step %d died; starting another", order.step)
-                self._writer.start()
-        return Outcome(order.step, fault=f"rank {self._ranks.rank}: its writer process died")
+                with contextlib.suppress(OSError):  # asking it fails, too, then
+                    self._writer.restart()
+        fault = f"rank {self._ranks.rank}: its writer process died"
+        if not self._writer.ended:
+            give_up(self._writer.place, order, fault, limit_s=LEAVING_S)
+        return Outcome(order.step, fault=fault)
 
     def _finish(self, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -319,8 +324,18 @@ class _WriterProcess:
         self.ended = False
         self.start()
 
+    def restart(self) -> None:
+        """Start another in place of one that died."""
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+        self.start()
+        if self.ended:  # by the training meanwhile, which knew only of the one before
+            self._process.kill()
+            self._process.wait()
+
     def start(self) -> None:
-        """Start it, or start it anew; returns before it is ready."""
+        """Start it; returns before it is ready."""
         self._pipe, theirs = multiprocessing.Pipe()
         descriptors = [theirs.fileno(), self.image_fd, self.listener.fileno()]
         start = (

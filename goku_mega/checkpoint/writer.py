@@ -10,6 +10,7 @@ import ctypes
 import logging
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,7 +21,14 @@ from typing import Any
 
 import xxhash
 
-from goku_mega.checkpoint.commit import attempt_folder, file_name, remove_leftovers, write_image
+from goku_mega.checkpoint.commit import (
+    attempt_folder,
+    check_owner,
+    clear,
+    file_name,
+    remove_leftovers,
+    write_image,
+)
 from goku_mega.checkpoint.coordinator import PATIENCE_S, Coordinator, Place
 from goku_mega.checkpoint.index import Index
 from goku_mega.checkpoint.messages import Message, ask, connect, receive, send
@@ -74,6 +82,8 @@ def main() -> None:
             memoryview(mmap.mmap(image, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)) if size else memoryview(b"")
         )
         if place.rank == 0 or place.node:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one connection a rank
             Coordinator(place, socket.socket(fileno=listener)).start()
         writer = Writer(place, Index.from_bytes(index_bytes), content)
         orders.send("ready")
@@ -114,38 +124,37 @@ class Writer:
                 if attempt + 1 < TRIES:
                     logger.warning("writing the checkpoint of step %d failed (%s); trying again", order.step, fault)
                     time.sleep(PAUSE_S * 2**attempt)
-        return self._report(order, tier, message)
+        outcome = self._report(order, tier, message)
+        with contextlib.suppress(OSError):  # the next save removes it as well
+            clear(self.place.root(tier), order.step, order.attempt)
+        return outcome
 
     def _write_file(self, order: Order, tier: str) -> Message:
         place, root = self.place, self.place.root(tier)
         if place.rank in (place.leaders if tier == "node" else (0,)):
+            check_owner(root, place.token)  # or else it would remove what the job writes that has taken over
             remove_leftovers(root, besides=order.attempt)
         free = root.free_bytes()
         if free is not None and free < len(self.image):
             raise OSError(f"{root} has {free / 1e9:.3f} GB free, and {len(self.image) / 1e9:.3f} GB are to be written")
         digests = write_image(attempt_folder(root, order.step, order.attempt), self.file, self.image)
         if tier == "node" and place.peer >= 0:
-            copy = {"about": "copy", "file": self.file, **self._hello(order, tier)}
+            copy = {"about": "copy", "file": self.file, **_hello(place, order, tier)}
             answer = ask(place.addresses[place.peer], copy, self.image)
             if "fault" in answer:
                 raise OSError(f"rank {place.peer} could not keep a copy: {answer['fault']}")
         return {"plan": self.plan, "digests": digests.tolist()}
 
-    def _hello(self, order: Order, tier: str) -> Message:
-        return {
-            "token": self.place.token, "rank": self.place.rank, "tier": tier, "attempt": order.attempt,
-            "step": order.step,
-        }  # fmt: skip
-
     def _report(self, order: Order, tier: str, message: Message) -> dict[str, str]:
         """Tell rank 0's writer, and hear what became of the save. Goes on asking while that writer is started anew."""
-        hello = {"about": "part", **self._hello(order, tier)}
+        hello = {"about": "part", **_hello(self.place, order, tier)}
         if self.place.rank == 0:
             hello["info"] = order.info
         deadline = time.monotonic() + PATIENCE_S + 60
         while time.monotonic() < deadline:
             try:
                 with connect(self.place.addresses[0]) as connection:
+                    connection.settimeout(max(1.0, deadline - time.monotonic()))
                     send(connection, {**hello, **message})
                     answer = receive(connection)
                     if answer.get("send_plan"):
@@ -155,3 +164,16 @@ class Writer:
             except OSError:
                 time.sleep(0.2)
         return {"fault": f"rank 0's writer at {self.place.addresses[0]} cannot be reached"}
+
+
+def give_up(place: Place, order: Order, fault: str, *, limit_s: float) -> None:
+    """Tell rank 0's writer that a rank writes nothing for a save, so that the others need not wait for it."""
+    for tier in order.tiers:
+        with contextlib.suppress(OSError), connect(place.addresses[0]) as connection:
+            connection.settimeout(limit_s)
+            send(connection, {"about": "part", **_hello(place, order, tier), "fault": fault})
+            receive(connection)
+
+
+def _hello(place: Place, order: Order, tier: str) -> Message:
+    return {"token": place.token, "rank": place.rank, "tier": tier, "attempt": order.attempt, "step": order.step}

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +24,8 @@ WRITING = ("openat", "write", "pwrite64", "writev", "pwritev", "fsync", "fdatasy
            "rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir",
            "sendfile", "copy_file_range")  # fmt: skip
 """The calls by which a save changes a folder: a kill between two others leaves the same files."""
+
+READING = ("read", "pread64", "readv", "preadv", "preadv2", "mmap", "sendfile", "copy_file_range")
 
 LIMIT_S = 60
 """A busy machine takes its time to let a tracer in, and to end a process."""
@@ -65,10 +66,11 @@ def unavailable() -> str:
     return "strace's fault injection has no effect here"
 
 
-def _write_a_line() -> None:
+def _write_a_line() -> str:
     descriptor = os.open(os.devnull, os.O_WRONLY)
     os.write(descriptor, b"a line")
     os.close(descriptor)
+    return "written"
 
 
 @contextlib.contextmanager
@@ -111,19 +113,37 @@ def calls_in(log: Path, folder: Path) -> list[Call]:
     return calls
 
 
-class Victim:
-    """A process that runs `function` whenever it is asked to, until it is killed. A context manager.
+def bytes_read(log: Path, folder: Path) -> int:
+    """What the kernel gave the traced process from the files in `folder`, of the calls in READING.
 
-    It is forked from the server that has imported torch already, so it starts in milliseconds.
+    Raises:
+        ValueError: it mapped one of the files, and what it read there cannot be counted.
+    """
+    total = 0
+    waiting: dict[str, bool] = {}
+    for line in log.read_text(errors="replace").splitlines():
+        thread, _, call = line.partition(" ")
+        ours = waiting.pop(thread, False) if " resumed>" in call else f"<{folder}/" in call
+        if ours and call.lstrip().startswith("mmap"):
+            raise ValueError(f"what is read through a mapping is not counted: {call}")
+        if call.endswith("<unfinished ...>"):
+            waiting[thread] = ours
+        elif ours and (result := re.search(r" = (\d+)", call)):
+            total += int(result[1])
+    return total
+
+
+class Victim:
+    """A process that runs `function` whenever it is asked to, until it is killed. A context manager; one at a time.
+
+    It is forked from a process that has imported torch and the function's module, so it starts in milliseconds.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, function, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.pid = self._process.pid or 0
+        self._pipe = _server()
+        self._pipe.send((function, arguments))
+        self.pid: int = self._receive()
+        self._lives = True
 
     def start(self, *arguments: Any) -> None:
         """Have the function called with these arguments after its own; `wait` for it later."""
@@ -131,49 +151,79 @@ class Victim:
 
     def wait(self) -> Any:
         """What the function returned, or the exception it raised; None if the process was killed."""
-        deadline = time.monotonic() + LIMIT_S
-        try:
-            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"no answer in {LIMIT_S} s")
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join(LIMIT_S)
-            if self._process.exitcode != -signal.SIGKILL:
-                raise RuntimeError(f"the victim ended with exit code {self._process.exitcode}") from None
-            return None
-        return answer
+        answer = self._receive()
+        if not isinstance(answer, _Ended):
+            return answer.result
+        self._lives = False
+        if answer.exit_code != -signal.SIGKILL:
+            raise RuntimeError(f"the victim ended with exit code {answer.exit_code}")
+        return None
 
     def ask(self, *arguments: Any) -> Any:
         """`start` and `wait`."""
         self.start(*arguments)
         return self.wait()
 
+    def _receive(self) -> Any:
+        if not self._pipe.poll(LIMIT_S):
+            raise TimeoutError(f"no answer in {LIMIT_S} s")
+        return self._pipe.recv()
+
     def __enter__(self) -> "Victim":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pipe.close()
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
+        if self._lives:
+            os.kill(self.pid, signal.SIGKILL)
+            while not isinstance(self._receive(), _Ended):
+                pass
 
 
-class Done:
-    """The answer of a function that returned nothing, to tell it from a killed process."""
+@dataclass(frozen=True)
+class _Answer:
+    result: Any
 
 
-def _serve(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+@dataclass(frozen=True)
+class _Ended:
+    exit_code: int
+
+
+@cache
+def _server() -> Any:
+    """The pipe to the process that victims are forked from. The victim uses it while it lives, and then its parent."""
+    context = multiprocessing.get_context("forkserver")
+    pipe, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs,), daemon=True).start()
+    theirs.close()
+    return pipe
+
+
+def _serve(pipe: Any) -> None:
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            _be_a_victim(pipe, function, arguments)
+        _, status = os.waitpid(child, 0)
+        pipe.send(_Ended(os.waitstatus_to_exitcode(status)))
+
+
+def _be_a_victim(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     _let_any_process_trace()
+    pipe.send(os.getpid())
     while True:
         try:
             more = pipe.recv()
         except EOFError:
-            return
+            os._exit(0)
         try:
-            result = function(*arguments, *more)
-            answer = Done() if result is None else result
+            answer = _Answer(function(*arguments, *more))
         except Exception as error:
-            answer = error
+            answer = _Answer(error)
         pipe.send(answer)
 
 

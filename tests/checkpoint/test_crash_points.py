@@ -31,7 +31,7 @@ def _strace() -> None:
 
 
 def save(folder: Path, step: int, attempt: str) -> str:
-    save_checkpoint(folder, step, state("rows", step=step), {"attempt": attempt}, keep=1)
+    save_checkpoint(folder, step, state("rows", step=step), {"said": attempt}, keep=1)
     return "saved"
 
 
@@ -43,7 +43,7 @@ def attempt_found(folder: Path) -> str:
     mine = state("columns", step=None)
     load_into(path, mine)
     assert differences(mine, info["step"]) == []
-    return info["attempt"]
+    return info["said"]
 
 
 def assert_next_save_cleans_up(folder: Path) -> None:
@@ -135,8 +135,8 @@ def test_before_the_commit_every_file_and_folder_is_on_the_disk(tmp_path: Path) 
             if str(Path(name).parent) == attempt[1]:
                 named[attempt[1]] = call.order
     assert written
-    for path, order in {**written, **named}.items():
-        assert order < synced.get(path, -1) < committing.order, f"{path} is not synced before the commit"
+    for place, order in {**written, **named}.items():
+        assert order < synced.get(place, -1) < committing.order, f"{place} is not synced before the commit"
     assert synced[str(tmp_path / "dry")] > committing.order
 
 
@@ -203,20 +203,27 @@ class Training:
         assert self.save(1, "first").fault == ""
         return self.saver.writer_pid
 
-    def save(self, step: int, attempt: str) -> Outcome | None:
+    def save(self, step: int, attempt: str) -> Outcome:
         """How the save of a step ended; the state is gone when the writer still writes it."""
         for part, shards in state("rows", step=step).items():
             for name, shard in shards.items():
                 self.state[part][name].tensor.copy_(shard.tensor)
-        self._blocked_s = self.saver.save(step, {"attempt": attempt}) + self.saver.fence()
+        self._blocked_s = self.saver.save(step, {"said": attempt}) + self.saver.fence()
         for shards in self.state.values():
             for shard in shards.values():
                 shard.tensor.fill_(float("nan"))
-        return self.saver.wait()
+        outcome = self.saver.wait()
+        assert outcome is not None
+        return outcome
 
-    def die_with_the_writer(self) -> None:
+    def die_with_the_writer(self) -> str:
         """As when the machine is lost: no new writer is started after a killed one."""
-        saving._WriterProcess.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+        def die(process: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        saving._WriterProcess.start = die  # type: ignore[method-assign, assignment]
+        return "will die"
 
     def writer(self) -> int:
         return self.saver.writer_pid
@@ -225,8 +232,9 @@ class Training:
         """What the last save took of the training's time."""
         return self._blocked_s
 
-    def close(self) -> None:
+    def close(self) -> str:
         self.saver.close()
+        return "closed"
 
 
 def calls_of_the_writer(folder: Path, log: Path) -> list[Call]:
@@ -266,7 +274,7 @@ def test_a_writer_killed_at_any_call_is_started_again_and_saves(tmp_path: Path) 
             before, writer = writer, victim.ask("writer")
             assert writer != before, f"no kill at {call}"
         assert victim.ask("save", step + 1, "last").fault == ""
-        victim.ask("close")
+        assert victim.ask("close") == "closed"
     assert attempt_found(folder) == "last"
     assert sorted(os.listdir(folder)) == [OWNER, f"step_{step + 1:08d}"]
 
@@ -294,7 +302,7 @@ def test_an_error_at_a_call_of_the_writer_is_tried_again_or_one_clear_line(tmp_p
             assert victim.ask("save", step + 1, before).fault == "", where  # the same writer, the next time
             assert sorted(os.listdir(folder)) == [OWNER, f"step_{step + 1:08d}"], where
         assert victim.ask("writer") == writer
-        victim.ask("close")
+        assert victim.ask("close") == "closed"
     print(dict(answers))
 
 
@@ -303,7 +311,7 @@ def test_the_writer_needs_no_torch(tmp_path: Path) -> None:
     with Victim(Training(tmp_path / "checkpoints")) as victim:
         writer = victim.ask("start")
         assert "torch" not in Path(f"/proc/{writer}/maps").read_text()
-        victim.ask("close")
+        assert victim.ask("close") == "closed"
 
 
 def test_training_does_not_wait_for_a_disk_that_takes_its_time_to_sync(tmp_path: Path) -> None:
@@ -313,7 +321,7 @@ def test_training_does_not_wait_for_a_disk_that_takes_its_time_to_sync(tmp_path:
         with traced(writer, tmp_path / "log", f"fsync,fdatasync:delay_enter={delay_us}"):
             outcome = victim.ask("save", 2, "second")
         blocked_s = victim.ask("blocked_s")
-        victim.ask("close")
+        assert victim.ask("close") == "closed"
     syncs = (tmp_path / "log").read_text().count("(DELAYED)")
     assert syncs >= 5
     assert outcome.fault == ""

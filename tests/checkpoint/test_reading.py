@@ -1,8 +1,10 @@
-"""What the ranks read, each by the same plan: every block that one of them needs once, and every number in its place."""
+"""What the ranks read, each by the same plan: every block that one of them needs once, and each number to its place."""
 
-import itertools
+import errno
+import gc
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from checkpoint_cases import KINDS, box, differences, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from goku_mega.checkpoint.load import Stored, load_into
 from goku_mega.checkpoint.reading import _boxes, read_boxes
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.storage import LocalFolder
-from goku_mega.errors import CheckpointError, DamagedCheckpoint
+from goku_mega.errors import DamagedCheckpoint
 from goku_mega.parallel.shards import Shard
 from launch import run_ranks
 
@@ -104,9 +105,29 @@ def boxes(kind: str, rank: int, world: int, value: torch.Tensor | None) -> dict[
     return made
 
 
-def save_kind(rank: int, world: int, kind: str, folder: str) -> None:
+def save_kinds(rank: int, world: int, folder: Path) -> None:
     with small_blocks():
-        save_checkpoint(folder, 1, {"model": boxes(kind, rank, world, weight())}, {}, keep=1)
+        for kind in KINDS:
+            save_checkpoint(folder / f"{world}-{kind}", 1, {"model": boxes(kind, rank, world, weight())}, {}, keep=1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of jobs of 2 and of 3 ranks that cut the tensors in every way."""
+    folder = tmp_path_factory.mktemp("saved")
+    for world in (2, 3):
+        run_ranks(save_kinds, world, world, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load."""
+
+    checkpoint: str
+    kind: str
+    parts: tuple[str, ...]
+    ranks_a_node: int
 
 
 @dataclass(frozen=True)
@@ -121,24 +142,25 @@ class Read:
     """Bytes that its read calls returned, as the kernel counts them."""
 
 
-def read_kind(rank: int, world: int, kind: str, folder: str, ranks_a_node: int, parts: tuple[str, ...]) -> Read:
-    """Read `parts` of a checkpoint as `kind` cuts them; the ranks are on nodes of so many."""
+def read_all(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Read]:
     with small_blocks():
-        stored = Stored.open(f"{folder}/step_00000001")
-        place = stored.folder
-        assert isinstance(place, LocalFolder)
-        folder_here, mine = Counting(place), boxes(kind, rank, world, None)
-        shards = {f"model/{name}": shard for name, shard in mine.items() if name in parts}
-        before = rchar()
-        read_boxes(folder_here, stored.index, shards, Ranks.of(None), node=f"node {rank // ranks_a_node}")  # type: ignore[arg-type]
-        counted = rchar() - before
-        wrong = [
-            name
-            for name, shard in mine.items()
-            if name in parts and not torch.equal(shard.tensor, shard.take(weight()))
-        ]
-        wrong += [name for name, shard in mine.items() if name not in parts and not shard.tensor.isnan().all()]
-        return Read(folder_here.reads, blocks_of(stored, shards), wrong, counted)
+        return [read_case(rank, world, folder, case) for case in cases]
+
+
+def read_case(rank: int, world: int, folder: Path, case: Case) -> Read:
+    stored = Stored.open(folder / case.checkpoint / "step_00000001")
+    assert isinstance(stored.folder, LocalFolder)
+    here, mine = Counting(stored.folder), boxes(case.kind, rank, world, None)
+    shards = {f"model/{name}": shard for name, shard in mine.items() if name in case.parts}
+    before = rchar()
+    read_boxes(here, stored.index, shards, Ranks.of(None), node=f"node {rank // case.ranks_a_node}")  # type: ignore[arg-type]
+    counted = rchar() - before
+    wrong = [
+        name
+        for name, shard in mine.items()
+        if not (torch.equal(shard.tensor, shard.take(weight())) if name in case.parts else shard.tensor.isnan().all())
+    ]
+    return Read(here.reads, blocks_of(stored, shards), wrong, counted)
 
 
 def rchar() -> int:
@@ -173,42 +195,103 @@ def blocks_of(stored: Stored, shards: dict[str, Shard]) -> set[tuple[str, int]]:
     return blocks
 
 
-CASES = [
-    (2, "rows", 4, "rows"), (4, "rows", 2, "rows"), (2, "rows", 2, "columns"), (2, "columns", 4, "rows"),
-    (3, "rows", 2, "replicas"), (4, "replicas", 3, "grid"), (1, "rows", 4, "replicas"), (4, "grid", 4, "columns"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("ranks_a_node", [4, 1], ids=["one node", "a node each"])
-@pytest.mark.parametrize(("saved_on", "saved_as", "read_on", "read_as"), CASES)
-def test_every_block_is_read_by_one_rank_and_nothing_else_is(
-    tmp_path: Path, saved_on: int, saved_as: str, read_on: int, read_as: str, ranks_a_node: int
-) -> None:
-    run_ranks(save_kind, saved_on, saved_on, saved_as, str(tmp_path))
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "step_00000001").iterdir()}
-    for parts in (("a", "b"), ("b",), ()):
-        found = run_ranks(read_kind, read_on, read_on, read_as, str(tmp_path), ranks_a_node, parts)
-        assert [one.wrong for one in found] == [[]] * read_on
-        needed = set().union(*(one.needed for one in found))
-        reads = [read for one in found for read in one.reads]
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_block_is_read_by_one_rank_that_needs_it_and_nothing_else_is(saved: Path, world: int) -> None:
+    """On one node, and with each rank on a node of its own, where the blocks travel over the network."""
+    cases = [
+        Case(checkpoint.name, kind, parts, ranks_a_node)
+        for checkpoint in sorted(saved.iterdir())
+        for kind in KINDS
+        for parts, ranks_a_node in ((("a", "b"), world), (("a", "b"), 1))
+    ]
+    cases += [Case("3-rows", "columns", parts, nodes) for parts in (("b",), ()) for nodes in (world, 1, 2)]
+    found = run_ranks(read_all, world, world, saved, cases)
+    for case, ranks in zip(cases, zip(*found, strict=True), strict=True):
+        assert [rank.wrong for rank in ranks] == [[]] * world, case
+        needed = set().union(*(rank.needed for rank in ranks))
+        reads = [read for rank in ranks for read in rank.reads]
         blocks = [
-            (name, block) for name, start, end in reads for block in range(start // SMALL_BLOCK, -(-end // SMALL_BLOCK))
+            (file, block) for file, start, end in reads for block in range(start // SMALL_BLOCK, -(-end // SMALL_BLOCK))
         ]
-        assert len(blocks) == len(set(blocks))
-        assert set(blocks) == needed
-        bytes_needed = sum(min(SMALL_BLOCK, sizes[name] - block * SMALL_BLOCK) for name, block in needed)
-        assert sum(end - start for _, start, end in reads) == bytes_needed
-        assert all(
-            one.needed >= {(n, s // SMALL_BLOCK) for n, s, _ in one.reads} for one in found
-        )  # no rank for another
+        assert len(blocks) == len(set(blocks)), case
+        assert set(blocks) == needed, case
+        for rank in ranks:
+            assert rank.needed >= {(file, start // SMALL_BLOCK) for file, start, _ in rank.reads}, case
+        folder = saved / case.checkpoint / "step_00000001"
+        wanted = sum(min(SMALL_BLOCK, (folder / file).stat().st_size - SMALL_BLOCK * block) for file, block in needed)
+        assert sum(end - start for _, start, end in reads) == wanted, case
+        if set(case.parts) == {"a", "b"}:
+            assert wanted >= 2 * ROWS * COLUMNS * 4
 
 
-@pytest.mark.parametrize("ranks_a_node", [4, 1], ids=["one node", "a node each"])
-def test_the_kernel_counts_no_byte_twice(tmp_path: Path, ranks_a_node: int) -> None:
-    """By /proc: stock readers read whole shards on each rank that needs a part of them."""
-    run_ranks(save_kind, 2, 2, "rows", str(tmp_path))
-    stored = sum(path.stat().st_size for path in (tmp_path / "step_00000001").glob("*.distcp"))
-    found = run_ranks(read_kind, 4, 4, "columns", str(tmp_path), ranks_a_node, ("a", "b"))
-    assert stored <= sum(one.from_kernel for one in found) <= 1.1 * stored  # and what gloo reads beside
-    shares = [sum(end - start for _, start, end in one.reads) for one in found]
-    assert max(shares) <= 1.2 * np.mean(shares)  # all read alike
+def test_the_kernel_counts_every_byte_once(saved: Path) -> None:
+    cases = [Case("2-rows", "columns", ("a", "b"), ranks_a_node) for ranks_a_node in (4, 4, 1)]
+    found = run_ranks(read_all, 4, 4, saved, cases)
+    stored = sum(path.stat().st_size for path in (saved / "2-rows" / "step_00000001").glob("*.distcp"))
+    for number in (1, 2):  # the first read of a process takes in what Python had not loaded yet
+        ranks = [rank[number] for rank in found]
+        assert stored <= sum(rank.from_kernel for rank in ranks) <= 1.1 * stored
+        shares = [sum(end - start for _, start, end in rank.reads) for rank in ranks]
+        assert max(shares) <= 1.2 * np.mean(shares)
+
+
+# --- Faults on one rank ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A folder that cannot be read on this rank."""
+
+    folder: LocalFolder
+    error: Exception
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        raise self.error
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+def read_with_a_fault(rank: int, world: int, folder: Path, ranks_a_node: int) -> list[str]:
+    said = []
+    with small_blocks():
+        stored = Stored.open(folder / "2-rows" / "step_00000001")
+        assert isinstance(stored.folder, LocalFolder)
+        for error in (OSError(errno.EIO, "Input/output error"), PermissionError("no"), EOFError("ends")):
+            shards = {f"model/{name}": shard for name, shard in boxes("columns", rank, world, None).items()}
+            here = Failing(stored.folder, error) if rank == 1 else stored.folder
+            try:
+                read_boxes(here, stored.index, shards, Ranks.of(None), node=f"node {rank // ranks_a_node}")  # type: ignore[arg-type]
+            except (OSError, DamagedCheckpoint) as caught:
+                said.append(f"{type(caught).__name__}: {caught}")
+    return said
+
+
+@pytest.mark.parametrize("ranks_a_node", [3, 1], ids=["one node", "a node each"])
+def test_what_fails_on_one_rank_ends_the_load_on_all_alike(saved: Path, ranks_a_node: int) -> None:
+    first, *others = run_ranks(read_with_a_fault, 3, 3, saved, ranks_a_node, timeout_s=60)
+    assert others == [first, first]
+    assert [line.split(":")[0] for line in first] == ["DamagedCheckpoint", "PermissionError", "DamagedCheckpoint"]
+
+
+def test_nothing_is_left_of_a_load(tmp_path: Path) -> None:
+    """No thread, no descriptor and no shared memory."""
+    path = save_checkpoint(tmp_path, 1, state("rows"), {}, keep=1)
+    mine = state("columns", step=None)
+    load_into(path, mine)
+    before = left_over()
+    for _ in range(20):
+        load_into(path, mine)
+    assert left_over() == before
+    assert differences(mine) == []
+
+
+def left_over() -> tuple[list[str], int, int]:
+    gc.collect()
+    descriptors = sorted(
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    )
+    shared = Path("/proc/self/maps").read_text().count("goku-checkpoint")
+    return descriptors, shared, threading.active_count()
