@@ -72,8 +72,9 @@ def main() -> None:
         shutil.rmtree(folder)
     ours, sync, stock = (blocked[f"{name}_blocked_s"] for name in ("ours", "dcp_save", "dcp_async_save"))
     lines = [
-        f"state {blocked['state_gb']:.2f} GB, a step {blocked['step_s']:.2f} s, first save {blocked['first_save_s']:.4f} s",
-        f"blocked: ours {ours:.4f} s, dcp.save {sync:.2f} s ({sync / ours:.0f}x), "
+        f"state {blocked['state_gb']:.2f} GB, a step {blocked['step_s']:.2f} s, "
+        f"the first save blocked {blocked['first_save_s']:.5f} s",
+        f"blocked: ours {ours:.5f} s, dcp.save {sync:.2f} s ({sync / ours:.0f}x), "
         f"dcp.async_save {stock:.2f} s ({stock / ours:.0f}x)",
         f"{STEPS} steps take longer by: ours {blocked['ours_longer_s']:.2f} s "
         f"({blocked['ours_longer_share']:.2%} of {INTERVAL} steps), dcp.save {blocked['dcp_save_longer_s']:.2f} s, "

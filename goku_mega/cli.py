@@ -55,12 +55,12 @@ COMMANDS = {
         "a checkpoint in other files or another dtype", "ReshardConfig", "goku_mega.checkpoint.rewrite:reshard"
     ),
     "checkpoint export": Command(
-        "weights -> safetensors or diffusers' folders", "ExportConfig", "goku_mega.checkpoint.export:export"
+        "weights -> safetensors or diffusers' folders", "ExportConfig", "goku_mega.interchange.export:export"
     ),
     "checkpoint import": Command(
         "safetensors or diffusers' folders -> checkpoint",
         "ImportConfig",
-        "goku_mega.checkpoint.importing:import_weights",
+        "goku_mega.interchange.importing:import_weights",
     ),
     "checkpoint prune": Command(
         "delete checkpoints that are no longer wanted", "PruneConfig", "goku_mega.checkpoint.tools:prune"

@@ -11,7 +11,6 @@ import logging
 import queue
 import socket
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -154,7 +153,8 @@ class Coordinator:
         root = self.place.root(attempt.tier)
         if not attempt.fault:
             try:
-                info = {**(attempt.info or {}), "attempt": name, "saved_at_s": time.time()}
+                # The same bytes each time: what a killed one had asked of a store may still come over these.
+                info = {**(attempt.info or {}), "attempt": name}
                 content = assembled(self._index(attempt), attempt.step, info)
                 folder = publish(root, name, attempt.step, content, self.place.token, whole=attempt.tier == "store")
                 retire(root, attempt.step, self._retention(attempt.tier), whole=attempt.tier == "store")

@@ -214,7 +214,7 @@ class Saver:
                            step, under_way)  # fmt: skip
             self._idle.wait()
         self._count += 1
-        about = {**info, "step": step, **self._about}
+        about = {**info, "step": step, **self._about, "saved_at_s": time.time()}
         on_to_store = self._tiers == ("node",) and self._count % self._store_every == 0
         tiers = (*self._tiers, "store") if on_to_store else self._tiers
         self._last = Order(step, f"{self._token}-{self._count}", about, tiers)
@@ -236,11 +236,13 @@ class Saver:
         return self.outcome
 
     def close(self) -> None:
-        """Wait for the save under way and end the writers. A last save that failed is tried once more.
+        """Wait for the save under way and end the writers. A last save that failed is tried once more. Once is enough.
 
         Raises:
             CheckpointError: on every rank, if the last save failed for good.
         """
+        if self._writer.ended:
+            return
         try:
             for again in (True, False):
                 outcome = self.wait()

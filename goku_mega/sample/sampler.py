@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from goku_mega.checkpoint.importing import Exported, is_exported
 from goku_mega.checkpoint.load import Stored, fill, load_named
 from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.config import SampleConfig
@@ -26,6 +25,7 @@ from goku_mega.encoders.vae import VideoVae, content_key, latent_shape, load_vae
 from goku_mega.errors import CheckpointError, MediaError
 from goku_mega.flow.solvers import Solver, guided, integrate
 from goku_mega.flow.timesteps import shift_for, time_grid
+from goku_mega.interchange.importing import Exported, is_exported
 from goku_mega.media.write import check_suffix, write_media
 from goku_mega.model.sizes import ModelShape
 from goku_mega.model.transformer import GokuTransformer

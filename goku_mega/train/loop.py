@@ -20,7 +20,6 @@ from torch import Tensor
 
 from goku_infra.heartbeat import Heartbeat
 from goku_mega import environment
-from goku_mega.checkpoint.initial import initialise_from
 from goku_mega.checkpoint.load import Stored, fill, load_newest
 from goku_mega.checkpoint.save import Saver
 from goku_mega.checkpoint.state import State
@@ -30,6 +29,7 @@ from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.shards import Index, load_index
 from goku_mega.errors import ConfigError
 from goku_mega.flow.path import velocity_loss
+from goku_mega.interchange.initial import initialise_from
 from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.groups import Groups, build_groups, initialise_distributed
 from goku_mega.parallel.layout import resolve

@@ -3,7 +3,7 @@
 A test forks a `Victim`, lets it do its work once under `traced` to learn which calls touch a folder (`calls_in`), and
 then once more for each of those calls with an injection there. Nothing in the victim knows of it.
 
-strace counts the calls of each thread by itself: `when=3` hits whichever thread comes to its third call first.
+strace counts the calls of each thread by itself: `when=3` hits whichever traced thread comes to its third call first.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ READING = ("read", "pread64", "readv", "preadv", "preadv2", "mmap", "sendfile", 
 LIMIT_S = 60
 """A busy machine takes its time to let a tracer in, and to end a process."""
 
-_LINE = re.compile(r"^(?P<thread>\d+) +(?P<call>\w+)\((?P<arguments>.*)$")
+_LINE = re.compile(r"^(?:(?P<thread>\d+) +)?(?P<call>\w+)\((?P<arguments>.*)$")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ class Call:
     """Place among all traced calls of all threads."""
     arguments: str
     """As strace prints them, file descriptors with their paths, and the result."""
-    thread: int
 
     def __str__(self) -> str:
-        return f"{self.name} {self.number}"
+        return f"{self.name} {self.number}: {self.arguments}"
 
 
 @cache
@@ -74,14 +73,20 @@ def _write_a_line() -> str:
 
 
 @contextlib.contextmanager
-def traced(pid: int, log: Path, *injections: str, calls: tuple[str, ...] = WRITING) -> Iterator[None]:
+def traced(
+    pid: int, log: Path, *injections: str, calls: tuple[str, ...] = WRITING, threads: Sequence[int] = ()
+) -> Iterator[None]:
     """Trace all threads of a process, and those it starts, to `log`, with injections like `fsync:error=EIO:when=3`.
+
+    `threads` limits it to these.
 
     Raises:
         RuntimeError: strace did not attach; the message is its own.
     """
-    command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), "-p", str(pid), "-e", f"trace={','.join(calls)}",
-               "-e", "signal=none"]  # fmt: skip
+    command = ["strace", "-y", "-s", "0", "-o", str(log), *([] if threads else ["-f"])]
+    for number in threads or [pid]:
+        command += ["-p", str(number)]
+    command += ["-e", f"trace={','.join(calls)}", "-e", "signal=none"]
     for injection in injections:
         command += ["-e", f"inject={injection}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
@@ -98,18 +103,18 @@ def traced(pid: int, log: Path, *injections: str, calls: tuple[str, ...] = WRITI
 
 
 def calls_in(log: Path, folder: Path) -> list[Call]:
-    """The traced calls that touch `folder` or anything inside, in their order."""
+    """The traced calls that change `folder` or anything inside, in their order."""
     calls: list[Call] = []
-    counts: dict[tuple[int, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for order, line in enumerate(log.read_text(errors="replace").splitlines()):
         match = _LINE.match(line)
         if match is None:  # the end of a call that another thread interrupted, or of a process
             continue
-        thread, name, arguments = int(match["thread"]), match["call"], match["arguments"]
+        thread, name, arguments = match["thread"] or "", match["call"], match["arguments"]
         number = counts[thread, name] = counts.get((thread, name), 0) + 1
         changes = name != "openat" or "O_WRONLY" in arguments or "O_RDWR" in arguments
         if changes and str(folder) in arguments:
-            calls.append(Call(name, number, order, arguments, thread))
+            calls.append(Call(name, number, order, arguments))
     return calls
 
 

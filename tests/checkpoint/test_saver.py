@@ -22,7 +22,7 @@ from strace import traced, unavailable
 
 from goku_mega.checkpoint.commit import OWNER
 from goku_mega.checkpoint.load import find_latest, load_info, load_into
-from goku_mega.checkpoint.save import ALERT_AFTER, Saver
+from goku_mega.checkpoint.save import ALERT_AFTER, WRITER_STARTS, Saver
 from goku_mega.checkpoint.state import State
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Shard
@@ -204,28 +204,25 @@ def save_while_a_writer_is_killed_again_and_again(
     with Saver(folder, mine, keep=9) as saver:
         for step in (1, 2, 3):
             advance(mine, step, rank, world)
-            over = threading.Event()
             dist.barrier()
             if rank == victim and step == 2:
-                killer = threading.Thread(target=kill_again_and_again, args=(saver, over))
-                os.kill(saver.writer_pid, signal.SIGKILL)
-                saver.save(step, {})
-                killer.start()
-            else:
-                saver.save(step, {})
-            began = time.monotonic()
+                threading.Thread(target=kill_again_and_again, args=(saver,)).start()
+                time.sleep(0.1)
+            saver.save(step, {})
             outcome = saver.wait()
-            over.set()
             assert outcome is not None
-            assert time.monotonic() - began < LIMIT_S
             seen.append((outcome.fault, saver.failures))
     return seen
 
 
-def kill_again_and_again(saver: Saver, over: threading.Event) -> None:
-    while not over.wait(0.002):
-        with contextlib.suppress(ProcessLookupError):
+def kill_again_and_again(saver: Saver) -> None:
+    """Every process that is started for one save."""
+    killed: set[int] = set()
+    while len(killed) < WRITER_STARTS:
+        if saver.writer_pid not in killed:
+            killed.add(saver.writer_pid)
             os.kill(saver.writer_pid, signal.SIGKILL)
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -267,9 +264,9 @@ def test_a_commit_that_nobody_heard_of_is_found_and_not_done_again(tmp_path: Pat
         pytest.skip(unavailable())
     folder, log = tmp_path / "checkpoints", tmp_path / "log"
     assert run_ranks(save_and_lose_what_commits, 2, 2, folder, log, rename) == [["", ""]] * 2
-    assert "killed by SIGKILL" in log.read_text()
+    assert log.read_text().rstrip().endswith("= ?")  # the call that it did not come back from
     assert_saved(folder, 2)
-    assert names_in(folder) == ["step_00000001", "step_00000002"][2 - 1 if rename < 6 else 0 :]
+    assert names_in(folder) == ["step_00000002"]
 
 
 def alive(pid: int) -> bool:

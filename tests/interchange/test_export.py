@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from goku_mega import cli
-from goku_mega.checkpoint import export as exporting
 from goku_mega.checkpoint import in_turn
-from goku_mega.checkpoint.export import export
-from goku_mega.checkpoint.importing import import_weights
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
-from goku_mega.checkpoint.initial import initialise_from
 from goku_mega.checkpoint.load import Stored, load_info, open_checkpoint
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.config import ExportConfig, ImportConfig
 from goku_mega.encoders.vae import TINY
 from goku_mega.errors import CheckpointError
+from goku_mega.interchange import export as exporting
+from goku_mega.interchange.export import export
+from goku_mega.interchange.importing import import_weights
+from goku_mega.interchange.initial import initialise_from
 from goku_mega.model.sizes import SIZES
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import build_model
@@ -216,7 +216,7 @@ def anonymous_bytes() -> int:
 
 
 def test_imported_numbers_stay_in_their_file_until_they_are_used(tmp_path: Path):
-    from goku_mega.checkpoint.weights_files import WeightsFiles
+    from goku_mega.interchange.weights_files import WeightsFiles
 
     save_file({"w": torch.ones(2**23)}, tmp_path / "model.safetensors")
     before = anonymous_bytes()
@@ -263,7 +263,7 @@ def test_encoders_from_the_hub_are_copied_from_their_downloaded_files(make_run: 
     run_dir = make_run(vae="maker/vae", vae_key="maker/vae", text="maker/t5")
     data = Path(load_info(open_checkpoint(run_dir))["dataset"]["path"])
     places = {"maker/vae": TINY, "maker/t5": data / "text_encoder"}
-    monkeypatch.setattr("goku_mega.checkpoint.export.is_out_of_reach", lambda name: True)
+    monkeypatch.setattr("goku_mega.interchange.export.is_out_of_reach", lambda name: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: places[name])
     done = export(ExportConfig(checkpoint=str(run_dir), output=str(tmp_path / "out"), style="diffusers"))
     for file in ("vae/config.json", "text_encoder/spiece.model", "tokenizer/spiece.model"):
@@ -273,7 +273,7 @@ def test_encoders_from_the_hub_are_copied_from_their_downloaded_files(make_run: 
 
 
 def test_an_encoder_that_cannot_be_fetched_is_named(make_run: MakeRun, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("goku_mega.checkpoint.export.is_out_of_reach", lambda name: True)
+    monkeypatch.setattr("goku_mega.interchange.export.is_out_of_reach", lambda name: True)
     run_dir = make_run(vae="nobody/vae", vae_key="nobody/vae")
     with pytest.raises(CheckpointError, match="encoder 'nobody/vae' is no folder and cannot be fetched"):
         export(ExportConfig(checkpoint=str(run_dir), output=str(tmp_path / "out"), style="diffusers"))

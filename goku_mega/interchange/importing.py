@@ -15,10 +15,10 @@ from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.rewrite import check_no_checkpoints, info_of_new, write_checkpoint
 from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import open_folder
-from goku_mega.checkpoint.weights_files import WeightsFiles
 from goku_mega.config import ComputeConfig, FlowConfig, ImportConfig
 from goku_mega.encoders.vae import content_key
 from goku_mega.errors import CheckpointError
+from goku_mega.interchange.weights_files import WeightsFiles
 from goku_mega.model.sizes import SIZES, ModelShape
 from goku_mega.model.specs import make_engine
 from goku_mega.model.transformer import GokuTransformer, megatron_config

@@ -21,14 +21,14 @@ from torch import Tensor
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.load import Stored, load_named
-from goku_mega.checkpoint.model_card import WeightsSummary, model_card
 from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import LocalFolder
-from goku_mega.checkpoint.weights_files import TensorKind, write_text, write_weights
 from goku_mega.config import ExportConfig
 from goku_mega.encoders.hub import is_out_of_reach
 from goku_mega.encoders.vae import TINY, content_key
 from goku_mega.errors import CheckpointError
+from goku_mega.interchange.model_card import WeightsSummary, model_card
+from goku_mega.interchange.weights_files import TensorKind, write_text, write_weights
 
 MODEL_CLASS = "GokuTransformer"
 CONFIG = "config.json"
