@@ -42,7 +42,7 @@ from goku_mega.checkpoint.retention import Retention
 from goku_mega.checkpoint.save_plan import plan_rank
 from goku_mega.checkpoint.state import State, box_of, stored_shards
 from goku_mega.checkpoint.storage import Folder, open_folder
-from goku_mega.checkpoint.writer import Order, Outcome, give_up
+from goku_mega.checkpoint.writer import Order, Outcome, give_up, refuse
 from goku_mega.errors import CheckpointError
 
 FORMAT = 2
@@ -298,7 +298,7 @@ class Saver:
                     self._writer.restart()
         fault = f"rank {self._ranks.rank}: its writer process died"
         if not self._writer.ended:
-            give_up(self._writer.place, order, fault, limit_s=LEAVING_S)
+            self._writer.give_up(order, fault)
         return Outcome(order.step, fault=fault)
 
     def _finish(self, outcome: Outcome) -> None:
@@ -368,6 +368,16 @@ class _WriterProcess:
             self._ready = True
         self._pipe.send(order)
         return self._pipe.recv()
+
+    def give_up(self, order: Order, fault: str) -> None:
+        """Tell the other ranks that this one cannot do its part of a save."""
+        if self.place.rank == 0:
+            self._process.kill()
+            self._process.wait()
+            refuse(self.listener, self.place, fault, limit_s=LEAVING_S)
+            with contextlib.suppress(OSError):
+                self.restart()
+        give_up(self.place, order, fault, limit_s=LEAVING_S)  # and those that come later, over rank 0's writer
 
     def end(self) -> None:
         """Let it go; it ends by itself when the pipe closes, and by a signal if it is still busy."""

@@ -7,6 +7,7 @@ again and finds the others where they were.
 
 import contextlib
 import ctypes
+import hmac
 import logging
 import mmap
 import os
@@ -121,6 +122,8 @@ class Writer:
             except OSError as error:
                 fault = f"rank {self.place.rank}: {type(error).__name__}: {error}"
                 message = {"fault": fault}
+                if isinstance(error, PermissionError):  # no further try changes that
+                    break
                 if attempt + 1 < TRIES:
                     logger.warning("writing the checkpoint of step %d failed (%s); trying again", order.step, fault)
                     time.sleep(PAUSE_S * 2**attempt)
@@ -173,6 +176,19 @@ def give_up(place: Place, order: Order, fault: str, *, limit_s: float) -> None:
             connection.settimeout(limit_s)
             send(connection, {"about": "part", **_hello(place, order, tier), "fault": fault})
             receive(connection)
+
+
+def refuse(listener: socket.socket, place: Place, fault: str, *, limit_s: float) -> None:
+    """In place of rank 0's writer, tell the other ranks' that a save has failed."""
+    others, deadline = set(range(1, place.world)), time.monotonic() + limit_s
+    while others and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(OSError, ValueError), listener.accept()[0] as connection:
+            connection.settimeout(left)
+            message = receive(connection)
+            if hmac.compare_digest(str(message.get("token")), place.token):
+                send(connection, {"fault": fault})
+                others.discard(message.get("rank"))
 
 
 def _hello(place: Place, order: Order, tier: str) -> Message:

@@ -282,14 +282,16 @@ def test_a_machine_lost_at_any_call_of_the_writer_has_the_old_or_the_new_checkpo
                 with traced(writer, log, kill, threads=[main] if main_thread else others):
                     if victim.ask("save", 2, "second") is not None:
                         break
-            calls = calls_in(log, folder)
-            committed = any(is_commit(call) and call.arguments.endswith("= 0") for call in calls)
+            if main_thread:  # when its file is there it waits for the commit, and then it only tells its rank
+                committed = str(folder) not in log.read_text().splitlines()[-1]
+            else:
+                committed = any(is_commit(call) and call.arguments.endswith("= 0") for call in calls_in(log, folder))
             assert attempt_found(folder) == ("second" if committed else "first"), f"killed at {name} {number}"
             assert_next_save_cleans_up(folder)
             found["after the commit" if committed else "before the commit"] += 1
     print(dict(found))
     assert found["before the commit"] >= (4 if main_thread else 20)
-    assert found["after the commit"] >= (0 if main_thread else 8)
+    assert found["after the commit"] >= (1 if main_thread else 8)
 
 
 @pytest.mark.slow
@@ -305,10 +307,10 @@ def test_a_writer_killed_at_any_call_is_started_again_and_saves(tmp_path: Path) 
                     outcome = victim.ask("save", step, f"{step}")
                 assert outcome.fault == "", f"killed at {name} {number}"
                 assert attempt_found(folder) == f"{step}"
-                assert sorted(os.listdir(folder)) == [OWNER, f"step_{step:08d}"]
                 before, writer = writer, victim.ask("writer")
                 if writer == before:
                     break
+        assert sorted(os.listdir(folder)) == [OWNER, f"step_{step:08d}"]
         assert victim.ask("close") == "closed"
     assert step >= 30
 

@@ -22,7 +22,7 @@ from strace import traced, unavailable
 
 from goku_mega.checkpoint.commit import OWNER
 from goku_mega.checkpoint.load import find_latest, load_info, load_into
-from goku_mega.checkpoint.save import ALERT_AFTER, WRITER_STARTS, Saver
+from goku_mega.checkpoint.save import ALERT_AFTER, Saver
 from goku_mega.checkpoint.state import State
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Shard
@@ -205,24 +205,22 @@ def save_while_a_writer_is_killed_again_and_again(
         for step in (1, 2, 3):
             advance(mine, step, rank, world)
             dist.barrier()
+            over = threading.Event()
             if rank == victim and step == 2:
-                threading.Thread(target=kill_again_and_again, args=(saver,)).start()
-                time.sleep(0.1)
+                threading.Thread(target=kill_again_and_again, args=(saver, over)).start()
             saver.save(step, {})
             outcome = saver.wait()
+            over.set()
             assert outcome is not None
             seen.append((outcome.fault, saver.failures))
     return seen
 
 
-def kill_again_and_again(saver: Saver) -> None:
-    """Every process that is started for one save."""
-    killed: set[int] = set()
-    while len(killed) < WRITER_STARTS:
-        if saver.writer_pid not in killed:
-            killed.add(saver.writer_pid)
+def kill_again_and_again(saver: Saver, over: threading.Event) -> None:
+    """Every process that is started."""
+    while not over.wait(0.002):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(saver.writer_pid, signal.SIGKILL)
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
