@@ -164,9 +164,10 @@ def publish(
     Raises:
         OSError: the store is full or at fault, or a file is not there as it was written.
     """
-    folder, final = attempt_folder(root, step, attempt), root.child(f"step_{step:08d}")
-    if isinstance(root, LocalFolder) and _info(final).get("attempt") == attempt:
-        return final
+    before = published(root, step, attempt)
+    if before is not None:
+        return before
+    folder = attempt_folder(root, step, attempt)
     files, there = parse_manifest(content[MANIFEST], f"{folder}/{MANIFEST}"), set(folder.names())
     for name, record in files.items():
         if name not in content and (whole or name in there) and folder.size(name) != record.bytes:
@@ -177,6 +178,15 @@ def publish(
     check_owner(root, token)
     folder.write(MANIFEST, [content[MANIFEST]])
     return _named(root, folder, step) if isinstance(root, LocalFolder) and isinstance(folder, LocalFolder) else folder
+
+
+def published(root: Folder, step: int, attempt: str) -> Folder | None:
+    """The checkpoint that an attempt has become; None if it has not."""
+    if isinstance(root, LocalFolder):
+        folder: Folder = root.child(f"step_{step:08d}")
+        return folder if _info(folder).get("attempt") == attempt else None
+    folder = attempt_folder(root, step, attempt)
+    return folder if MANIFEST in folder.names() else None
 
 
 def clear(root: Folder, step: int, attempt: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from goku_mega.checkpoint.commit import assembled, attempt_folder, joined, publish, retire, with_digests
+from goku_mega.checkpoint.commit import assembled, attempt_folder, joined, publish, published, retire, with_digests
 from goku_mega.checkpoint.index import Index
+from goku_mega.checkpoint.manifest import INDEX, INFO, MANIFEST, TORCH_METADATA
 from goku_mega.checkpoint.messages import PIECE_BYTES, Message, answer, ask, read
 from goku_mega.checkpoint.retention import Retention
 from goku_mega.checkpoint.storage import Folder, open_folder
@@ -139,7 +140,8 @@ class Coordinator:
     async def _judge(self, name: tuple[str, str]) -> Message:
         attempt, loop = self.attempts[name], asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE_S
-        while not attempt.fault and (len(attempt.parts) < self.place.world or attempt.info is None):
+        done = await loop.run_in_executor(None, self._done, attempt, name[1])
+        while not done and not attempt.fault and (len(attempt.parts) < self.place.world or attempt.info is None):
             attempt.changed.clear()
             try:
                 await asyncio.wait_for(attempt.changed.wait(), deadline - loop.time())
@@ -148,9 +150,21 @@ class Coordinator:
                 attempt.fault = f"{len(late)} ranks, rank {late[0]} for one, have not written in {PATIENCE_S} s"
         return await _guarded(self._commit, attempt, name[1])
 
+    def _done(self, attempt: _Attempt, name: str) -> bool:
+        """Whether one that was killed since has published it: those that have heard so do not come again."""
+        with contextlib.suppress(OSError):
+            return published(self.place.root(attempt.tier), attempt.step, name) is not None
+        return False
+
     def _commit(self, attempt: _Attempt, name: str) -> Message:
         """Publish what every rank has written, or remove it; in a thread."""
         root = self.place.root(attempt.tier)
+        before = published(root, attempt.step, name)
+        if before is not None:
+            content = {file: before.read(file) for file in (INDEX, TORCH_METADATA, INFO, MANIFEST)}
+            retire(root, attempt.step, self._retention(attempt.tier), whole=attempt.tier == "store")
+            fault = self._publish_on_nodes(attempt, name, content) if attempt.tier == "node" else ""
+            return {"fault": fault} if fault else {"path": str(before)}
         if not attempt.fault:
             try:
                 # The same bytes each time: what a killed one had asked of a store may still come over these.
