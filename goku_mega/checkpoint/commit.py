@@ -56,6 +56,9 @@ def attempt_folder(root: Folder, step: int, attempt: str) -> Folder:
 def take_over(root: Folder, token: str) -> None:
     """Become the job that writes here: attempts that are left are removed, and a job before this one cannot commit."""
     root.write(OWNER, [token.encode()])
+    if isinstance(root, LocalFolder):
+        for unfinished in root.path.glob(f".{OWNER}.*.part"):  # of a job that was killed just here
+            unfinished.unlink(missing_ok=True)
     remove_leftovers(root)
 
 

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from goku_mega.checkpoint.commit import assembled, attempt_folder, joined, publish, published, retire, with_digests
+from goku_mega.checkpoint.commit import (
+    assembled,
+    attempt_folder,
+    clear,
+    joined,
+    publish,
+    published,
+    retire,
+    with_digests,
+)
 from goku_mega.checkpoint.index import Index
 from goku_mega.checkpoint.manifest import INDEX, INFO, MANIFEST, TORCH_METADATA
 from goku_mega.checkpoint.messages import PIECE_BYTES, Message, answer, ask, read
@@ -120,7 +129,7 @@ class Coordinator:
             self.verdicts[name] = asyncio.create_task(self._judge(name))
             for old in [key for key, task in self.verdicts.items() if task.done()][:-4]:
                 del self.attempts[old], self.verdicts[old]
-            self._give_up_before(message)
+            self._give_up_all_but_the_newest()
         attempt = self.attempts[name]
         attempt.info = message.get("info", attempt.info)
         if "fault" in message:
@@ -130,11 +139,12 @@ class Coordinator:
         attempt.changed.set()
         return await asyncio.shield(self.verdicts[name])
 
-    def _give_up_before(self, message: Message) -> None:
-        """A rank that has begun another save will write nothing more for those before it."""
+    def _give_up_all_but_the_newest(self) -> None:
+        """A rank that has begun another save writes nothing more for those before it, whoever reports them when."""
+        newest = max(_number(name) for _, name in self.attempts)
         for (tier, name), attempt in self.attempts.items():
-            if _number(name) < _number(message["attempt"]) and not self.verdicts[tier, name].done():
-                attempt.fault = attempt.fault or f"rank {message['rank']} has given it up"
+            if _number(name) < newest and not self.verdicts[tier, name].done():
+                attempt.fault = attempt.fault or "a rank has begun the next one"
                 attempt.changed.set()
 
     async def _judge(self, name: tuple[str, str]) -> Message:
@@ -222,6 +232,7 @@ class Coordinator:
         def commit() -> Message:
             root = self.place.root(message["tier"])
             publish(root, message["attempt"], message["step"], files, self.place.token, whole=False)
+            clear(root, message["step"], message["attempt"])  # what came once more after a first commit
             retire(root, message["step"], self._retention(message["tier"]), whole=False)
             return {}
 

@@ -22,7 +22,6 @@ from goku_mega.checkpoint.manifest import (
     INFO,
     FileRecord,
     committed,
-    content_fault,
     is_checkpoint,
     read_checked,
     read_manifest,
@@ -169,55 +168,6 @@ def load_named(
 def run_checkpoints(folder: Folder) -> Folder:
     """The folder of checkpoints that a run folder, or itself, is."""
     return folder.child("checkpoints") if "checkpoints" in folder.names() else folder
-
-
-def find_latest(place: Place, *, verify: bool = True, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest whole checkpoint in a folder of them, the same one on every rank; None if there is none at all.
-
-    A damaged one is passed over with a warning. `verify` reads every file and compares checksums, the files
-    divided over the ranks; without it only names and sizes are looked at.
-
-    Raises:
-        CheckpointError: there are checkpoints, and every one is damaged.
-    """
-    ranks = Ranks.of(group)
-    root = open_folder(place)
-    found = ranks.first(f"looking for checkpoints in {place}", lambda: committed(root))
-    damaged: list[tuple[int, str]] = []
-    for candidate in found:
-        fault = _shared_fault(candidate.folder, verify, ranks)
-        if fault is None:
-            if ranks.rank == 0:
-                _warn_passed_over(damaged, candidate.step)
-            return location(candidate.folder)  # type: ignore[return-value]
-        damaged.append((candidate.step, fault))
-    if damaged:
-        raise CheckpointError(_none_is_whole(place, damaged))
-    return None
-
-
-def open_checkpoint(place: Place, *, group: dist.ProcessGroup | None = None) -> Path:
-    """The whole checkpoint that `place` means, after reading all of it: itself, or the newest in a run folder or a
-    folder of checkpoints.
-
-    Raises:
-        CheckpointError: it is damaged, or no whole checkpoint is there.
-    """
-    ranks = Ranks.of(group)
-    folder = open_folder(place)
-    if ranks.first(f"opening {place}", lambda: is_checkpoint(folder)):
-        if not ranks.first(f"opening {place}", folder.names):
-            raise CheckpointError(f"there is no checkpoint {place}; `goku-mega checkpoint list` shows those there are")
-        fault = _shared_fault(folder, True, ranks)
-        if fault is not None:
-            raise CheckpointError(f"{fault}; choose another checkpoint (`goku-mega checkpoint list`)")
-        return location(folder)  # type: ignore[return-value]
-    latest = find_latest(location(ranks.first(f"opening {place}", lambda: run_checkpoints(folder))), group=group)
-    if latest is None:
-        raise CheckpointError(
-            f"no checkpoint in {place}; give the output folder of `goku-mega train`, or one of its step_* folders"
-        )
-    return latest
 
 
 def location(folder: Folder) -> Place:
@@ -377,18 +327,6 @@ def _describe_model(model: Any) -> str:
 
 def _shape(size: Sequence[int]) -> str:
     return "x".join(str(length) for length in size) or "a scalar"
-
-
-def _shared_fault(folder: Folder, verify: bool, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, as all ranks together see it, each reading a share of the files."""
-
-    def look() -> str | None:
-        fault = size_fault(folder)
-        if fault is not None or not verify:
-            return fault
-        return content_fault(folder, sorted(read_manifest(folder))[ranks.rank :: ranks.world])
-
-    return next((fault for fault in ranks.together(f"verifying {folder}", look) if fault is not None), None)
 
 
 def _warn_passed_over(damaged: Sequence[tuple[int, str]], chosen: int) -> None:

@@ -6,14 +6,12 @@ attempt that was never committed. Nothing here needs torch.
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from goku_mega.checkpoint.index import BLOCK_BYTES, block_digests, digest_file
+from goku_mega.checkpoint.index import block_digests, digest_file
 from goku_mega.checkpoint.storage import Folder
 from goku_mega.errors import CheckpointError
 
@@ -60,16 +58,6 @@ def committed(root: Folder) -> list[Found]:
 def is_checkpoint(folder: Folder) -> bool:
     """Whether `folder` means one checkpoint, whole or not, and not a folder of them."""
     return MANIFEST in folder.names() or _COMMITTED.fullmatch(folder.name) is not None
-
-
-def record_file(folder: Folder, name: str) -> FileRecord:
-    """Size and checksum of a file, read block by block."""
-    size = folder.size(name)
-    digests = [
-        xxhash.xxh3_64_intdigest(folder.read(name, start, min(BLOCK_BYTES, size - start)))
-        for start in range(0, size, BLOCK_BYTES)
-    ]
-    return FileRecord(size, digest_file(np.array(digests, dtype=np.uint64)))
 
 
 def manifest_bytes(step: int, files: dict[str, FileRecord]) -> bytes:
@@ -136,22 +124,6 @@ def size_fault(folder: Folder, *, whole: bool = True) -> str | None:
             return f"{folder}/{name} is missing"
         if size != record.bytes:
             return f"{folder}/{name} has {size} bytes instead of {record.bytes}"
-    return None
-
-
-def content_fault(folder: Folder, names: Iterable[str] | None = None) -> str | None:
-    """What reading the files finds wrong: one line, or None. `names` limits it to some files (a rank's share)."""
-    fault = size_fault(folder)
-    if fault:
-        return fault
-    files = read_manifest(folder)
-    for name in sorted(files) if names is None else names:
-        try:
-            read = record_file(folder, name)
-        except OSError as error:
-            return f"{folder}/{name} cannot be read ({error.strerror or error})"
-        if read != files[name]:
-            return f"{folder}/{name} is damaged: its checksum is {read.xxh3} instead of {files[name].xxh3}"
     return None
 
 

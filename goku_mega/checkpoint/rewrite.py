@@ -87,7 +87,7 @@ def check_no_checkpoints(output: Folder) -> None:
 
 def info_of_new(info: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint that no run has written says of itself, besides `info`."""
-    about = {"format": FORMAT, "torch": torch.__version__, "code": environment.code_version()}
+    about = {"format": FORMAT, "torch": str(torch.__version__), "code": environment.code_version()}
     return {**info, **about, "world": 1, "saved_at_s": time.time()}
 
 

@@ -297,9 +297,8 @@ class Saver:
                 with contextlib.suppress(OSError):  # asking it fails, too, then
                     self._writer.restart()
         fault = f"rank {self._ranks.rank}: its writer process died"
-        if not self._writer.ended:
-            self._writer.give_up(order, fault)
-        return Outcome(order.step, fault=fault)
+        verdict = {"fault": fault} if self._writer.ended else self._writer.give_up(order, fault)
+        return Outcome(order.step, verdict.get("path", ""), verdict.get("fault", ""))
 
     def _finish(self, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -369,15 +368,15 @@ class _WriterProcess:
         self._pipe.send(order)
         return self._pipe.recv()
 
-    def give_up(self, order: Order, fault: str) -> None:
-        """Tell the other ranks that this one cannot do its part of a save."""
+    def give_up(self, order: Order, fault: str) -> dict[str, str]:
+        """Tell the other ranks that this one cannot do its part of a save; how it ends."""
         if self.place.rank == 0:
             self._process.kill()
             self._process.wait()
             refuse(self.listener, self.place, fault, limit_s=LEAVING_S)
             with contextlib.suppress(OSError):
                 self.restart()
-        give_up(self.place, order, fault, limit_s=LEAVING_S)  # and those that come later, over rank 0's writer
+        return give_up(self.place, order, fault, limit_s=LEAVING_S)  # and those that come later, over rank 0's writer
 
     def end(self) -> None:
         """Let it go; it ends by itself when the pipe closes, and by a signal if it is still busy."""

@@ -169,13 +169,19 @@ class Writer:
         return {"fault": f"rank 0's writer at {self.place.addresses[0]} cannot be reached"}
 
 
-def give_up(place: Place, order: Order, fault: str, *, limit_s: float) -> None:
-    """Tell rank 0's writer that a rank writes nothing for a save, so that the others need not wait for it."""
+def give_up(place: Place, order: Order, fault: str, *, limit_s: float) -> Message:
+    """Tell rank 0's writer that a rank writes nothing for a save, so that the others need not wait for it; how the
+    save ends, which may be well if the rank had written before."""
+    verdict: Message = {}
     for tier in order.tiers:
+        verdict = {"fault": fault}
         with contextlib.suppress(OSError), connect(place.addresses[0]) as connection:
             connection.settimeout(limit_s)
             send(connection, {"about": "part", **_hello(place, order, tier), "fault": fault})
-            receive(connection)
+            verdict = receive(connection)
+        if "fault" in verdict:
+            break
+    return verdict
 
 
 def refuse(listener: socket.socket, place: Place, fault: str, *, limit_s: float) -> None:

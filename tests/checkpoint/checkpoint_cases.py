@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from goku_mega.checkpoint.load import Place, Stored, load_named, load_newest, location
 from goku_mega.checkpoint.state import State
+from goku_mega.checkpoint.tools import content_faults
+from goku_mega.errors import DamagedCheckpoint
 from goku_mega.parallel.shards import Copies, Shard
 from goku_mega.seeding import derive_seed
 
@@ -79,3 +82,21 @@ def differences(loaded: State, step: int = 0, *, stored: str | None = None) -> l
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def find_latest(place: Place, *, verify: bool = True) -> Path | None:
+    """The checkpoint that a run would go on from; with `verify`, one of which every byte is as it was written."""
+    loaded = load_newest(place, _read_all if verify else lambda stored: None)
+    return None if loaded is None else Path(location(loaded[0].folder))
+
+
+def open_checkpoint(place: Place) -> Path:
+    """The checkpoint that `goku-mega sample` would take, every byte of it as it was written."""
+    stored, _ = load_named(place, _read_all)
+    return Path(location(stored.folder))
+
+
+def _read_all(stored: Stored) -> None:
+    (fault,) = content_faults([stored.folder])
+    if fault is not None:
+        raise DamagedCheckpoint(fault)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from checkpoint_cases import differences, names_in, state
+from checkpoint_cases import differences, find_latest, names_in, state
 
 from goku_mega.checkpoint.commit import remove_leftovers
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.errors import CheckpointError

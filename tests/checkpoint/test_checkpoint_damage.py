@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import differences, state
+from checkpoint_cases import differences, find_latest, open_checkpoint, state
 
 from goku_mega.checkpoint import tools
-from goku_mega.checkpoint.load import fill, find_latest, load_info, load_into, load_newest, open_checkpoint
-from goku_mega.checkpoint.manifest import FileRecord, manifest_bytes, record_file
+from goku_mega.checkpoint.load import fill, load_info, load_into, load_newest
+from goku_mega.checkpoint.manifest import FileRecord, manifest_bytes, record_bytes
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.config import CheckpointFolder
 from goku_mega.errors import CheckpointError
 from launch import run_ranks
@@ -153,7 +152,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_not_replaced_by_another(folde
 def rewrite(path: Path, name: str, content: bytes) -> None:
     """Change a file and make the manifest agree, as an attacker or a newer version would."""
     (path / name).write_bytes(content)
-    files = {name: record_file(LocalFolder(path), name) for name in os.listdir(path) if name != "manifest.json"}
+    files = {name: record_bytes((path / name).read_bytes()) for name in os.listdir(path) if name != "manifest.json"}
     (path / "manifest.json").write_bytes(manifest_bytes(20, files))
 
 
@@ -183,7 +182,7 @@ def test_the_manifest_covers_every_file(folder: Path) -> None:
     path = folder / "step_00000020"
     listed = json.loads((path / "manifest.json").read_text())["files"]
     assert {*listed, "manifest.json"} == {file.name for file in path.iterdir()}
-    assert all(record_file(LocalFolder(path), name) == FileRecord(**record) for name, record in listed.items())
+    assert all(record_bytes((path / name).read_bytes()) == FileRecord(**record) for name, record in listed.items())
 
 
 def test_list_and_verify_tell_the_damaged_from_the_intact(folder: Path) -> None:

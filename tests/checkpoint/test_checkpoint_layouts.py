@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import KINDS, PARTS, SHAPES, differences, names_in, state, whole
+from checkpoint_cases import KINDS, PARTS, SHAPES, differences, find_latest, names_in, state, whole
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from goku_mega.checkpoint.load import Stored, find_latest, load_info, load_into
+from goku_mega.checkpoint.load import Stored, load_info, load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Copies, Shard

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_cases import differences, state
+from checkpoint_cases import differences, find_latest, state
 from strace import Call, Victim, calls_in, traced, unavailable
 
 from goku_mega.checkpoint import save as saving
 from goku_mega.checkpoint.commit import OWNER
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import Saver, save_checkpoint
 from goku_mega.checkpoint.writer import Outcome
 from goku_mega.errors import CheckpointError

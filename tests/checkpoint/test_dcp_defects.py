@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoint_cases import differences, names_in, state
+from checkpoint_cases import differences, find_latest, names_in, open_checkpoint, state
 from strace import READING, bytes_read, traced, unavailable
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,7 +29,7 @@ from torch.distributed.tensor import Shard as Split
 
 from goku_mega.checkpoint.commit import OWNER
 from goku_mega.checkpoint.index import Index
-from goku_mega.checkpoint.load import find_latest, load_info, load_into, open_checkpoint
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import Saver, save_checkpoint
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Copies, Shard

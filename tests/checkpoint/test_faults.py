@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import differences, names_in, state
+from checkpoint_cases import differences, find_latest, names_in, state
 from strace import traced, unavailable
 
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import ALERT_AFTER, Saver, save_checkpoint
 from goku_mega.checkpoint.state import State
 from goku_mega.errors import CheckpointError

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_cases import names_in, state, whole
+from checkpoint_cases import find_latest, names_in, state, whole
 from strace import traced, unavailable
 
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import Saver
 from goku_mega.checkpoint.state import State
 from launch import Running, run_ranks, start_ranks

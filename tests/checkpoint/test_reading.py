@@ -67,7 +67,6 @@ def small_blocks() -> Iterator[None]:
             patch.setattr(module, "BLOCK_BYTES", SMALL_BLOCK)
         patch.setattr("goku_mega.checkpoint.save_plan.BLOCK_BYTES", SMALL_BLOCK)
         patch.setattr("goku_mega.checkpoint.commit.BLOCK_BYTES", SMALL_BLOCK)
-        patch.setattr("goku_mega.checkpoint.manifest.BLOCK_BYTES", SMALL_BLOCK)
         patch.setattr(reading, "ROUND_BYTES", 16 * SMALL_BLOCK)
         patch.setattr(reading, "READ_BYTES", 4 * SMALL_BLOCK)
         yield

@@ -17,7 +17,7 @@ from checkpoint_cases import differences, names_in, state
 from s3_server import Fault, Front, faulty_front, make_bucket, s3_server, s3_settings
 
 from goku_mega.checkpoint.commit import OWNER
-from goku_mega.checkpoint.load import Stored, fill, find_latest, load_newest
+from goku_mega.checkpoint.load import Stored, fill, load_newest
 from goku_mega.checkpoint.manifest import committed
 from goku_mega.checkpoint.save import Saver, save_checkpoint
 from goku_mega.checkpoint.state import State
@@ -136,9 +136,8 @@ def test_a_save_that_waits_writes_there_too(place: str) -> None:
     run_ranks(save_at_once, 2, 2, place)
     assert steps(place) == [3]
     assert_saved(place, 3)
-    found = find_latest(place)
-    assert str(found).startswith(f"{place}/step_00000003.")
-    assert Stored.open(str(found)).info["layout"] == "rows"
+    [found] = committed(open_folder(place))
+    assert Stored.open(str(found.folder)).info["layout"] == "rows"
 
 
 def test_every_second_save_goes_on_from_the_nodes_into_the_store(place: str, tmp_path: Path) -> None:

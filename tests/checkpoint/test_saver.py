@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_cases import differences, names_in, state
+from checkpoint_cases import differences, find_latest, names_in, state
 from strace import traced, unavailable
 
 from goku_mega.checkpoint.commit import OWNER
-from goku_mega.checkpoint.load import find_latest, load_info, load_into
+from goku_mega.checkpoint.load import load_info, load_into
 from goku_mega.checkpoint.save import ALERT_AFTER, Saver
 from goku_mega.checkpoint.state import State
 from goku_mega.errors import CheckpointError
@@ -207,6 +207,7 @@ def save_while_a_writer_is_killed_again_and_again(
             dist.barrier()
             over = threading.Event()
             if rank == victim and step == 2:
+                os.kill(saver.writer_pid, signal.SIGKILL)
                 threading.Thread(target=kill_again_and_again, args=(saver, over)).start()
             saver.save(step, {})
             outcome = saver.wait()
@@ -243,7 +244,7 @@ def save_and_lose_what_commits(rank: int, world: int, folder: Path, log: Path, r
         for step in (1, 2):
             advance(mine, step, rank, world)
             dist.barrier()
-            inject = contextlib.nullcontext()
+            inject: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if rank == 0 and step == 2:
                 inject = traced(saver.writer_pid, log, f"rename:signal=KILL:when={rename}")
             with inject:
@@ -265,6 +266,36 @@ def test_a_commit_that_nobody_heard_of_is_found_and_not_done_again(tmp_path: Pat
     assert log.read_text().rstrip().endswith("= ?")  # the call that it did not come back from
     assert_saved(folder, 2)
     assert names_in(folder) == ["step_00000002"]
+
+
+def save_on_nodes_and_lose_what_commits(rank: int, world: int, folder: Path) -> list[str]:
+    """Rank 0's writer is killed as it tells its rank of a commit that the other node has heard of."""
+    mine, faults = state("rows", rank, world, step=0), []
+    with Saver(folder / "store", mine, keep=1, node_folder=str(folder / f"node{rank}"), store_every=9) as saver:
+        for step in (1, 2):
+            advance(mine, step, rank, world)
+            dist.barrier()
+            inject: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if rank == 0 and step == 2:
+                kill, writer = "write:signal=KILL:when=2", saver.writer_pid  # the first is its own file
+                inject = traced(writer, folder / "log", kill, calls=("write",), threads=[writer])
+            with inject:
+                dist.barrier()
+                saver.save(step, {})
+                outcome = saver.wait()
+            assert outcome is not None
+            faults.append(outcome.fault)
+    return faults
+
+
+def test_a_commit_on_all_nodes_is_found_and_not_done_again_on_any(tmp_path: Path) -> None:
+    if unavailable():
+        pytest.skip(unavailable())
+    assert run_ranks(save_on_nodes_and_lose_what_commits, 2, 2, tmp_path) == [["", ""]] * 2
+    assert (tmp_path / "log").read_text().count("write(") == 2
+    for node in ("node0", "node1"):
+        assert names_in(tmp_path / node) == ["step_00000001", "step_00000002"]
+        assert {"__0_0.distcp", "__1_0.distcp"} < set(names_in(tmp_path / node / "step_00000002"))
 
 
 def alive(pid: int) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import PARTS, SHAPES, differences, state
+from checkpoint_cases import PARTS, SHAPES, differences, find_latest, state
 
 from goku_mega import cli
 from goku_mega.checkpoint import tools
 from goku_mega.checkpoint.diff import diff
-from goku_mega.checkpoint.load import Stored, find_latest, load_into
+from goku_mega.checkpoint.load import Stored, load_into
 from goku_mega.checkpoint.rewrite import reshard
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.storage import LocalFolder

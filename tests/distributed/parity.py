@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def train_and_resume(rank: int, run: FlowRun, save_to: str, resume_from: str) ->
     import torch
     import torch.distributed as dist
 
-    from goku_mega.checkpoint.load import find_latest, load_into
+    from goku_mega.checkpoint.load import fill, load_newest
     from goku_mega.checkpoint.save import save_checkpoint
     from goku_mega.data.loader import Loader
     from goku_mega.data.shards import load_index
@@ -181,9 +182,7 @@ def train_and_resume(rank: int, run: FlowRun, save_to: str, resume_from: str) ->
                 save_checkpoint(Path(save_to), SAVED_AFTER, training.state, {"step": SAVED_AFTER}, keep=1)
                 if resume_from:
                     training = trainer()
-                    newest = find_latest(Path(resume_from))
-                    assert newest is not None
-                    load_into(newest, training.state)
+                    assert load_newest(resume_from, partial(fill, state=training.state)) is not None
                     training.optimizer.resume_at(SAVED_AFTER)
             figures.append(training.step(batch)[:2])
     return figures

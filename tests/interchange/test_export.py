@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoint_cases import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from goku_mega import cli
 from goku_mega.checkpoint import in_turn
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
-from goku_mega.checkpoint.load import Stored, load_info, open_checkpoint
+from goku_mega.checkpoint.load import Stored, load_info
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.config import ExportConfig, ImportConfig
 from goku_mega.encoders.vae import TINY

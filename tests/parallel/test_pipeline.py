@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import find_latest
 from torch import Tensor
 
-from goku_mega.checkpoint.load import find_latest, load_into
+from goku_mega.checkpoint.load import load_into
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.config import LayoutConfig
 from goku_mega.data.packing import pack_prompts
