@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 1800.0
 """How long rank 0 waits for the files of the other ranks."""
+TELLING_S = 5.0
+"""How long rank 0's rank waits for the others to hear how a save ended."""
 BACKLOG = 8192
 """Connections that may wait to be taken: all ranks report within the same moment."""
 NODE_KEEP = Retention(2)
@@ -83,6 +85,9 @@ class _Attempt:
     """rank -> its plan, and the checksums of its file's blocks."""
     fault: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    know: set[int] = field(default_factory=set)
+    """Ranks that have been told how it ended."""
+    others_know: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Coordinator:
@@ -113,6 +118,8 @@ class Coordinator:
             if hmac.compare_digest(str(message.get("token")), self.place.token):
                 serve = {"part": self._part, "copy": self._copy, "publish": self._publish_here}[message["about"]]
                 await answer(writer, await serve(message, content, reader, writer))
+                if message["about"] == "part":
+                    self._told(message)
         writer.close()
 
     async def _part(
@@ -125,7 +132,9 @@ class Coordinator:
             self.plans[message["plan"]] = Index.from_bytes(await reader.readexactly(content))
         name = message["tier"], message["attempt"]
         if name not in self.attempts:
-            self.attempts[name] = _Attempt(message["tier"], message["step"])
+            attempt = self.attempts[name] = _Attempt(message["tier"], message["step"])
+            if self.place.world == 1:
+                attempt.others_know.set()
             self.verdicts[name] = asyncio.create_task(self._judge(name))
             for old in [key for key, task in self.verdicts.items() if task.done()][:-4]:
                 del self.attempts[old], self.verdicts[old]
@@ -137,7 +146,20 @@ class Coordinator:
         else:
             attempt.parts[message["rank"]] = (message["plan"], message["digests"])
         attempt.changed.set()
-        return await asyncio.shield(self.verdicts[name])
+        verdict = await asyncio.shield(self.verdicts[name])
+        if message["rank"] == 0:
+            # Rank 0 hears it last: it is the one that would start this writer again if it were killed before all know.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(attempt.others_know.wait(), TELLING_S)
+        return verdict
+
+    def _told(self, message: Message) -> None:
+        """Note that a rank has been answered."""
+        attempt = self.attempts.get((message["tier"], message["attempt"]))
+        if attempt is not None:
+            attempt.know.add(message["rank"])
+            if len(attempt.know | {0}) == self.place.world:
+                attempt.others_know.set()
 
     def _give_up_all_but_the_newest(self) -> None:
         """A rank that has begun another save writes nothing more for those before it, whoever reports them when."""

@@ -139,6 +139,7 @@ def save_while_writers_die(rank: int, world: int, folder: Path, victims: tuple[i
     with Saver(folder, mine, keep=9) as saver:
         for step in (1, 2, 3):
             advance(mine, step, rank, world)
+            dist.barrier()  # all have heard how the save before ended
             if rank in victims and step == 2:
                 os.kill(saver.writer_pid, signal.SIGSTOP)
             dist.barrier()
@@ -156,7 +157,7 @@ def save_while_writers_die(rank: int, world: int, folder: Path, victims: tuple[i
 
 @pytest.mark.parametrize("victims", [(0,), (1,), (0, 1, 2)], ids=["of rank 0", "of rank 1", "of all ranks"])
 def test_a_killed_writer_is_replaced_and_the_same_save_succeeds(tmp_path: Path, victims: tuple[int, ...]) -> None:
-    for rank, seen in enumerate(run_ranks(save_while_writers_die, 3, 3, tmp_path, victims)):
+    for rank, seen in enumerate(run_ranks(save_while_writers_die, 3, 3, tmp_path, victims, timeout_s=LIMIT_S)):
         assert [(fault, failures) for fault, failures, _ in seen] == [("", 0)] * 3
         pids = [pid for _, _, pid in seen]
         assert (pids[0] != pids[1]) == (rank in victims)
@@ -558,8 +559,9 @@ def test_a_folder_that_cannot_be_written_to_raises_at_once_and_leaves_nothing(tm
 def test_the_writers_answer_only_those_who_know_their_token(tmp_path: Path) -> None:
     """Anybody may connect to the port on a shared machine."""
     mine = state("rows", step=1)
+    before = listening()
     with Saver(tmp_path, mine, keep=1) as saver:
-        [port] = listening()
+        [port] = listening() - before
         for nonsense in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2" + bytes(8) + b"{}", b"\xff" * 12):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(nonsense)
@@ -569,11 +571,11 @@ def test_the_writers_answer_only_those_who_know_their_token(tmp_path: Path) -> N
     assert_saved(tmp_path, 1)
 
 
-def listening() -> list[int]:
+def listening() -> set[int]:
     """The TCP ports that this process listens at."""
     inodes = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             inodes.add(os.readlink(f"/proc/self/fd/{number}").removeprefix("socket:[").rstrip("]"))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes]
+    return {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes}
