@@ -16,6 +16,8 @@ from goku_mega.checkpoint.load import load_info
 from goku_mega.errors import CheckpointError
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 7
 """Divides by neither 2 nor 3: shards are uneven."""
 

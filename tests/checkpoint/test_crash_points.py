@@ -21,6 +21,8 @@ from goku_mega.checkpoint.save import Saver, save_checkpoint
 from goku_mega.checkpoint.writer import Outcome
 from goku_mega.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 SYNCS = ("fsync", "fdatasync")
 RENAMES = ("rename", "renameat", "renameat2")
 

@@ -35,6 +35,8 @@ from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Copies, Shard
 from launch import RankFailed, run_ranks, start_ranks
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 60
 
 

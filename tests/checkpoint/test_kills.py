@@ -19,6 +19,8 @@ from goku_mega.checkpoint.save import Saver
 from goku_mega.checkpoint.state import State
 from launch import Running, run_ranks, start_ranks
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 EVERY = 3
 """Steps from one save to the next."""

@@ -10,6 +10,8 @@ from goku_mega.checkpoint.load import fill, load_newest
 from goku_mega.checkpoint.save import Saver
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 NODES = (0, 1, 2)
 
 

@@ -26,6 +26,8 @@ from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_s
 from goku_mega.errors import CheckpointError
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 REFUSED = Fault(status=403, body=b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 """A fault that nobody repeats, as others would be for a minute: by the driver, by the folder and by the writer."""
 

@@ -28,6 +28,8 @@ from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Shard
 from launch import run_ranks, start_ranks
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 60
 """A busy machine takes its time."""
 
@@ -184,7 +186,8 @@ def save_while_a_writer_dies_anywhere(rank: int, world: int, folder: Path, saves
             saver.fence()
             time.sleep(after_s)
             if rank == victim:
-                os.kill(saver.writer_pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # one that died before has not been replaced yet
+                    os.kill(saver.writer_pid, signal.SIGKILL)
             outcome = saver.wait()
             assert outcome is not None
             faults.append(outcome.fault)

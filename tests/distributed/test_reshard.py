@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from goku_mega.checkpoint.save import save_checkpoint
 from launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 ONE_PROCESS = Cell()
 MIXED = Cell(tp="2", pp="2")
 
