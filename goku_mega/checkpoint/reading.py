@@ -28,9 +28,9 @@ from goku_mega.parallel.shards import Shard
 
 ROUND_BYTES = 64 * 2**20
 """What a host takes in at a time; two such buffers are in memory, so that one is filled while the other is emptied."""
-READ_BYTES = 8 * 2**20
+READ_BYTES = 16 * 2**20
 """One call to the storage; several are under way at once."""
-READERS = 8
+READERS = 4
 
 
 def read_boxes(

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 DIRECT_BYTES = 2**20
-"""Files whose first piece has this many bytes go to the disk past the page cache, which they would only fill, and
-long reads come from it in the same way: faster, and without the processor's work of a copy. It needs whole pages;
-where that cannot be, it goes as usual."""
+"""Files whose first piece has this many bytes go to the disk past the page cache, which they would only fill: faster,
+and without the processor's work of a copy. It needs whole pages; where that cannot be, it is written as usual. Reads
+go through the cache: its reading ahead is worth more than the copy costs."""
 
 PART_BYTES = 32 * 2**20
 """What one call to a store carries. S3 takes 10,000 parts, so a file may have 320 GB; two parts are in memory."""
@@ -152,10 +152,8 @@ class LocalFolder:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         rest = buffer.cast("B")
         with _opened(self.path / _one_part(name), os.O_RDONLY) as file:
-            if len(rest) >= DIRECT_BYTES:
-                _set_direct(file, True)
             while rest:
-                count = _at_once(file, partial(os.preadv, file, [rest], start))
+                count = os.preadv(file, [rest], start)
                 if count == 0:
                     raise EOFError(f"{self.path / name} ends at byte {start}, {len(rest)} bytes early")
                 start += count
