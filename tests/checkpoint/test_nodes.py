@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from checkpoint_cases import differences, names_in, state
 
 from goku_mega.checkpoint.load import fill, load_newest
@@ -89,3 +90,24 @@ def test_damage_on_a_node_falls_back_to_the_store(tmp_path: Path) -> None:
     for step, wrong, where in run_ranks(load_on_nodes, 4, 4, tmp_path, "rows"):
         assert (step, wrong) == (3, [])
         assert "store" in where
+
+
+def save_with_a_full_node(rank: int, world: int, folder: Path) -> list[tuple[str, str]]:
+    mine, seen = state("rows", rank, world, step=0), []
+    own = node(folder, rank)
+    with Saver(folder / "store", mine, keep=5, node_folder=own, store_every=1) as saver:
+        if rank == 2:  # its node's folder can hold nothing more
+            shutil.rmtree(own)
+            Path(own).write_text("a file is in the way")
+        dist.barrier()
+        for step in (1, 2):
+            saver.save(step, {})
+            outcome = saver.wait()
+            assert outcome is not None
+            seen.append((Path(outcome.path).parent.name, outcome.fault))
+    return seen
+
+
+def test_what_the_nodes_cannot_take_goes_into_the_store(tmp_path: Path) -> None:
+    assert run_ranks(save_with_a_full_node, 4, 4, tmp_path) == [[("store", "")] * 2] * 4
+    assert names_in(tmp_path / "store") == ["step_00000001", "step_00000002"]
