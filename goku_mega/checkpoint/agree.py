@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from goku_mega.errors import CheckpointError, UserError
@@ -48,6 +49,14 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; all ranks have come here when it returns."""
+        if self.world == 1:
+            return here
+        flag = torch.tensor([int(here)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
 
     def together(self, doing: str, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank and return all results; if it fails on one rank, raise on every rank.

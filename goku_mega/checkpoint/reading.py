@@ -62,9 +62,8 @@ def read_boxes(
             fault = next((fault for read in reads if (fault := read.result()) is not None), None)
             _exchange(plan, number, buffers, ranks)  # also what is damaged: the others wait for it
             # Passed by a rank that has copied the round before: so its buffer may be filled again.
-            faults = [fault for fault in ranks.gather(fault) if fault is not None]
-            if faults:
-                raise faults[0]
+            if ranks.any(fault is not None):
+                raise next(fault for fault in ranks.gather(fault) if fault is not None)
             if number + 1 < len(plan.rounds):
                 reads = _begin(pool, folder, index, plan, number + 1, buffers)
             for run in plan.runs(number, plan.host):
