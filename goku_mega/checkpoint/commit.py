@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from goku_mega.checkpoint.index import BLOCK_BYTES, Chunks, Index, StoredTensor, digest_file
+from goku_mega.checkpoint.index import BLOCK_BYTES, Chunks, Index, digest_file
 from goku_mega.checkpoint.manifest import (
     INDEX,
     INFO,
@@ -24,6 +24,7 @@ from goku_mega.checkpoint.manifest import (
     TORCH_METADATA,
     FileRecord,
     committed,
+    committed_name,
     manifest_bytes,
     parse_manifest,
     record_bytes,
@@ -48,9 +49,8 @@ def file_name(rank: int) -> str:
 
 def attempt_folder(root: Folder, step: int, attempt: str) -> Folder:
     """Where an attempt is written. An object store cannot rename, so there it keeps the name."""
-    return root.child(
-        f"step_{step:08d}.tmp.{attempt}" if isinstance(root, LocalFolder) else f"step_{step:08d}.{attempt}"
-    )
+    mark = ".tmp" if isinstance(root, LocalFolder) else ""
+    return root.child(f"{committed_name(step)}{mark}.{attempt}")
 
 
 def take_over(root: Folder, token: str) -> None:
@@ -127,7 +127,7 @@ def joined(parts: Sequence[Index]) -> Index:
         sizes=np.concatenate([wide(part.chunks.sizes, 1) for part in parts]),
     )
     return Index(
-        tensors=tuple(StoredTensor(t.name, t.dtype, t.shape) for t in tensors),
+        tensors=tuple(tensors),
         files=tuple(name for part in parts for name in part.files),
         chunks=chunks.sorted(),
         file_bytes=np.concatenate([part.file_bytes for part in parts]),
@@ -186,7 +186,7 @@ def publish(
 def published(root: Folder, step: int, attempt: str) -> Folder | None:
     """The checkpoint that an attempt has become; None if it has not."""
     if isinstance(root, LocalFolder):
-        folder: Folder = root.child(f"step_{step:08d}")
+        folder: Folder = root.child(committed_name(step))
         return folder if _info(folder).get("attempt") == attempt else None
     folder = attempt_folder(root, step, attempt)
     return folder if MANIFEST in folder.names() else None
@@ -200,7 +200,7 @@ def clear(root: Folder, step: int, attempt: str) -> None:
 
 def _named(root: LocalFolder, folder: LocalFolder, step: int) -> Folder:
     """Give a whole attempt its final name."""
-    final = root.child(f"step_{step:08d}")
+    final = root.child(committed_name(step))
     replaced = f"{final.name}.replaced.{uuid.uuid4().hex[:12]}"
     exists = final.name in root.names()
     if exists:  # saved before, or damaged and passed over; it stays a candidate until the new one is in place

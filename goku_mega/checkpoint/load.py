@@ -25,6 +25,7 @@ from goku_mega.checkpoint.manifest import (
     is_checkpoint,
     read_checked,
     read_manifest,
+    run_checkpoints,
     size_fault,
 )
 from goku_mega.checkpoint.reading import read_boxes
@@ -163,11 +164,6 @@ def load_named(
             f"no checkpoint in {place}; give the output folder of `goku-mega train`, or one of its step_* folders"
         )
     return loaded
-
-
-def run_checkpoints(folder: Folder) -> Folder:
-    """The folder of checkpoints that a run folder, or itself, is."""
-    return folder.child("checkpoints") if "checkpoints" in folder.names() else folder
 
 
 def location(folder: Folder) -> Place:

@@ -39,6 +39,11 @@ class Found:
     folder: Folder
 
 
+def committed_name(step: int) -> str:
+    """The folder of a step's checkpoint once it is committed; in an object store the attempt's name follows."""
+    return f"step_{step:08d}"
+
+
 def committed(root: Folder) -> list[Found]:
     """The committed checkpoints of `root`, newest first.
 
@@ -53,6 +58,11 @@ def committed(root: Folder) -> list[Found]:
         Found(step, folder) for step, folder, plain in folders
         if (plain or ".replaced." in folder.name or MANIFEST in folder.names())
     ]  # fmt: skip
+
+
+def run_checkpoints(folder: Folder) -> Folder:
+    """The folder of checkpoints that a run folder, or itself, is."""
+    return folder.child("checkpoints") if "checkpoints" in folder.names() else folder
 
 
 def is_checkpoint(folder: Folder) -> bool:

@@ -66,8 +66,9 @@ def read_boxes(
                 raise next(fault for fault in ranks.gather(fault) if fault is not None)
             if number + 1 < len(plan.rounds):
                 reads = _begin(pool, folder, index, plan, number + 1, buffers)
+            buffer = buffers.tensor(number)
             for run in plan.runs(number, plan.host):
-                copier.copy(run, buffers.tensor(number))
+                copier.copy(run, buffer)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from goku_mega import environment
 from goku_mega.checkpoint.commit import (
     OWNER,
     assembled,
@@ -29,7 +28,7 @@ from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, StoredTensor
 from goku_mega.checkpoint.load import Stored, load_named
 from goku_mega.checkpoint.progress import byte_progress
-from goku_mega.checkpoint.save import FORMAT
+from goku_mega.checkpoint.save import written_by
 from goku_mega.checkpoint.save_plan import Box, SavePlan, plan_rank
 from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.checkpoint.torch_file import torch_head
@@ -87,8 +86,7 @@ def check_no_checkpoints(output: Folder) -> None:
 
 def info_of_new(info: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint that no run has written says of itself, besides `info`."""
-    about = {"format": FORMAT, "torch": str(torch.__version__), "code": environment.code_version()}
-    return {**info, **about, "world": 1, "saved_at_s": time.time()}
+    return {**info, **written_by(1), "saved_at_s": time.time()}
 
 
 def write_checkpoint(

@@ -85,7 +85,7 @@ def save_checkpoint(
     attempt = f"{token}-1"
     try:
         parts = ranks.together(doing, lambda: _write(root, step, attempt, state, ranks.rank))
-        about = {**info, "step": step, **_about(ranks), "saved_at_s": time.time()}
+        about = {**info, "step": step, **written_by(ranks.world), "saved_at_s": time.time()}
         path = ranks.first(doing, lambda: _publish(root, step, attempt, parts, about, token))
     except BaseException:
         if ranks.rank == 0:
@@ -125,10 +125,11 @@ def _take_over(root: Folder) -> str:
     return token
 
 
-def _about(ranks: Ranks) -> dict[str, Any]:
+def written_by(world: int) -> dict[str, Any]:
+    """What every checkpoint says of the program that wrote it, on `world` ranks."""
     version = environment.code_version()
     # a plain str: the writer has no torch to unpickle its own kind of it with
-    return {"format": FORMAT, "torch": str(torch.__version__), "code": version, "world": ranks.world}
+    return {"format": FORMAT, "torch": str(torch.__version__), "code": version, "world": world}
 
 
 class Saver:
@@ -177,7 +178,7 @@ class Saver:
             Retention(keep, keep_every, keep_best),
         )  # fmt: skip
         ranks.each(doing, lambda: _take_over_all(place))
-        self._token, self._about = token, _about(ranks)
+        self._token, self._about = token, written_by(ranks.world)
         self._tiers, self._store_every = ("node",) if node_folder else ("store",), store_every
         self._writer = _WriterProcess(place, index.to_bytes(), self._snapshot.image.fd, listener)
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()

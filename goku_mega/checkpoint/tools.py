@@ -24,6 +24,7 @@ from goku_mega.checkpoint.manifest import (
     is_checkpoint,
     read_checked,
     read_manifest,
+    run_checkpoints,
     size_fault,
     total_bytes,
 )
@@ -135,7 +136,7 @@ def prune(config: PruneConfig) -> dict[str, Any]:
     if config.delete:
         for one in reversed(found):  # the oldest first: whatever stops this, the newer ones are there
             if str(one.folder) in paths:
-                delete(_run_checkpoints(root), one.folder.name)
+                delete(run_checkpoints(root), one.folder.name)
     freed = sum(row["bytes"] for row in rows if row["path"] in paths)
     shown = [{name: row[name] for name in ("step", "verdict", "kept_as", "bytes", "loss", "fault")} for row in rows]
     return {"folder": config.path, "checkpoints": shown, "deleted": config.delete, "count": len(gone), "bytes": freed}
@@ -203,15 +204,11 @@ def _first_damage(folder: Folder, digests: Mapping[str, Sequence[np.ndarray]]) -
     return None
 
 
-def _run_checkpoints(folder: Folder) -> Folder:
-    return folder.child("checkpoints") if "checkpoints" in folder.names() else folder
-
-
 def _found(place: str) -> list[Found]:
     folder = open_folder(place)
     if is_checkpoint(folder) and folder.names():
         return [Found(_info(folder).get("step", 0), folder)]
-    found = committed(_run_checkpoints(folder))
+    found = committed(run_checkpoints(folder))
     if not found:
         raise CheckpointError(f"no checkpoint in {place}; give the output folder of `goku-mega train`")
     return found
