@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from goku_mega import config as configs
 from goku_mega import environment
-from goku_mega.errors import ConfigError, UserError
+from goku_mega.errors import ConfigError, RunFault, UserError
 
 
 class Command(NamedTuple):
@@ -99,7 +99,8 @@ class Arguments(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 2 for bad input, 130 when interrupted, 141 when nobody reads the output."""
+    """Run a command; the exit code: 0, 2 for bad input, a `RunFault`'s own, 130 when interrupted, 141 when nobody
+    reads the output."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=_log_format(), datefmt="%H:%M:%S")
     logging.getLogger("goku_mega").setLevel(logging.INFO)
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _report(error)
+    except RunFault as error:
+        print(f"goku-mega: error: {error}\n{json.dumps(error.report)}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

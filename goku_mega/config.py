@@ -152,10 +152,17 @@ class DataConfig:
     """Share of samples trained with the empty caption, for classifier-free guidance."""
     prefetch_steps: int = 2
     """Packed batches prepared ahead in a thread."""
+    skip_steps: tuple[int, ...] = ()
+    """Positions of the data's order, from 0, that are left out: a step takes the next one that is not listed. Those
+    a run has not come to yet may be added when it is resumed; a checkpoint that has come further is passed over."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "samples_per_step", "max_tokens_per_rank", section="data.")
         _require_at_least(0, self, "prefetch_steps", section="data.")
+        _require(
+            all(step >= 0 for step in self.skip_steps),
+            f"data.skip_steps is {list(self.skip_steps)}; positions are 0 or more",
+        )
         _require(
             0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}; use a value in [0, 1)"
         )
@@ -239,6 +246,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Checks for numbers that hardware has changed or computed wrongly. They change nothing in a run."""
+
+    every_steps: int = 0
+    """Every how many steps, and before each checkpoint, ranks compare what they hold in common and compute a part of
+    another rank's step; between updates every rank then guards its own memory. 0: never."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "every_steps", section="audit.")
+
+    def due(self, step: int) -> bool:
+        """Whether a step, by its number from 0, is one that ranks compare."""
+        return self.every_steps > 0 and (step + 1) % self.every_steps == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Weights that a new run starts from; its optimizer and its steps are new."""
 
@@ -277,6 +300,7 @@ class FlowRun:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
@@ -537,6 +561,40 @@ class ReshardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What `goku-mega plan --goodput` supposes; where the figures come from is in docs/goodput.md."""
+
+    per_1000_node_days: float = 6.5
+    """Failures of nodes of 8 GPUs, of all kinds; 3.8 is Llama 3's."""
+    step_s: float = 0.0
+    """Seconds of a step; 0: those of the fastest layout that fits."""
+    save_every_steps: int = 0
+    """Steps between saves; 0: the plan chooses."""
+    restart_s: float = 0.0
+    """From the detection to the first step, without the load; 0: worked out from the number of GPUs."""
+    start_s: float = 0.0
+    """A cold start, at first and after a requeue; 0: worked out from the number of nodes."""
+    repair_hours: float = 24.0
+    """Until a node that was replaced is a spare."""
+    spares: int = -1
+    """Spare nodes; -1: enough in 99% of all moments."""
+    group_nodes: int = 16
+    """Nodes that the job does without for each that no spare replaces: those of a replica of the model."""
+    days: float = 30.0
+    """Length of the job."""
+    repeats: int = 200
+    """Jobs that are simulated."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "per_1000_node_days", "step_s", "save_every_steps", section="faults.")
+        _require_at_least(0, self, "restart_s", "start_s", "repair_hours", section="faults.")
+        _require_at_least(-1, self, "spares", section="faults.")
+        _require_at_least(1, self, "group_nodes", "repeats", section="faults.")
+        _require(self.days > 0, f"faults.days is {self.days}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """`goku-mega plan`: which layouts fit a number of GPUs, and how fast they are."""
 
@@ -568,6 +626,9 @@ class PlanConfig:
     """Recomputation policies to consider."""
     top: int = 10
     """Layouts to print."""
+    goodput: bool = False
+    """Instead of the layouts: the share of the time that trains when nodes fail, and how often to save."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "gpus", "top")

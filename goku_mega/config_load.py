@@ -7,6 +7,7 @@ too; only the text of a number is read as that number.
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import textwrap
@@ -34,8 +35,13 @@ class Setting(NamedTuple):
     kind: Any
     default: Any
     """`dataclasses.MISSING` where a value must be given."""
-    text: str
-    """What stands under the field in `config.py`."""
+    section: type
+    """The class that it is a field of."""
+
+    @property
+    def text(self) -> str:
+        """What stands under the field in `config.py`; only help needs it, for reading the source takes a while."""
+        return _field_texts(self.section).get(self.name.rpartition(".")[2], "")
 
 
 def load(kind: type[Config], *, file: Path | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -88,13 +94,13 @@ def to_yaml(config: Any) -> str:
 
 def settings(kind: Any, prefix: str = "") -> list[Setting]:
     """Every setting of a configuration in the order of its text, sections unfolded."""
-    found, texts, hints = [], _field_texts(kind), typing.get_type_hints(kind)
+    found, hints = [], typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         name, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint):
             found += settings(hint, f"{name}.")
         else:
-            found.append(Setting(name, hint, field.default, texts.get(field.name, "")))
+            found.append(Setting(name, hint, field.default, kind))
     return found
 
 
@@ -191,6 +197,7 @@ def _literal(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
+@functools.cache
 def _field_texts(kind: type) -> dict[str, str]:
     """The string under each field, from the class's source: Python itself does not keep it."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]).body

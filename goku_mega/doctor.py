@@ -76,7 +76,7 @@ OPTIONAL = {
     ),
     "NVML": Part(
         "pynvml", "nvidia-ml-py",
-        use="not used yet",
+        use="used by `goku-ops check-node` and the agents",
         brings="the health of GPUs without starting CUDA",
         install="pip install nvidia-ml-py",
     ),

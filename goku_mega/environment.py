@@ -1,4 +1,4 @@
-"""Every environment variable this package reads: the launcher's."""
+"""Every environment variable this package reads: the launcher's, and the supervisor's (GOKU_*)."""
 
 import functools
 import importlib.metadata
@@ -31,6 +31,23 @@ def launched_by_torchrun() -> bool:
 def master_address() -> str:
     """The host of rank 0, as every rank reaches it."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def heartbeats() -> Path | None:
+    """The folder on this node in which the supervisor's agent looks for heartbeats; None: the run's own."""
+    folder = os.environ.get("GOKU_HEARTBEATS")
+    return Path(folder) if folder else None
+
+
+def generation() -> int:
+    """Which start of the ranks this is, by the supervisor's count; 0 without one."""
+    return int(os.environ.get("GOKU_GENERATION", "0"))
+
+
+def stacks_file() -> Path | None:
+    """Where the supervisor's agent looks for this rank's stacks."""
+    file = os.environ.get("GOKU_STACKS")
+    return Path(file) if file else None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job from nothing, on a laptop without a GPU: corpus -> encode -> train on two processes, one of
-# them killed half way -> resume on another number of processes -> sample -> score.
+# The main job from nothing, on a laptop without a GPU: corpus -> encode -> train on two processes, one of them
+# killed and started again by the supervisor -> go on with another number of processes -> sample -> score.
 #
 # usage: bash launch/quickstart.sh [OUTPUT_FOLDER]      (default: out)
 # A quickstart that was stopped goes on where it was.
@@ -17,18 +17,16 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS="${PYTHONWARNINGS:
 say() { printf '\n== %s\n' "$*" >&2; }
 
 train() { # processes, then overrides
-    torchrun --standalone --nproc-per-node "$1" -m goku_mega.cli train "${settings[@]}" "${@:2}"
+    goku-ops run --ranks "$1" -- goku-mega train "${settings[@]}" "${@:2}"
 }
 
-steps_done() { # the step that rank 0 is at, 0 before it has begun
+of_run() { # a Python expression over what `goku-ops status` knows of the run as `run`; empty before it knows
     goku-ops status "$out/run" --json 2>/dev/null |
-        python -c 'import json, sys; print(max([r["step"] for r in json.load(sys.stdin)["ranks"]], default=0))' \
-            2>/dev/null || echo 0
+        python -c 'import json, sys; run = json.loads(sys.stdin.readlines()[-1]); print(eval(sys.argv[1]))' "$1" 2>/dev/null || true
 }
 
-rank_pid() {
-    goku-ops status "$out/run" --json |
-        python -c 'import json, sys; print([r["pid"] for r in json.load(sys.stdin)["ranks"] if r["rank"] == int(sys.argv[1])][0])' "$1"
+wait_for_step() {
+    while kill -0 "$trainer" 2>/dev/null && (("$(of_run 'run["step"]')" + 0 < $1)); do sleep 1; done
 }
 
 mkdir -p "$out"
@@ -38,23 +36,25 @@ goku-mega corpus shapes --output "$out/corpus"
 say "2/6 encode: frames to latents (CogVideoX VAE), captions to embeddings (T5), tar shards"
 goku-mega encode --corpus "$out/corpus" --output "$out/data"
 
-say "3/6 train on 2 processes; one of them will be killed at half of $steps steps"
-if [[ ! -e "$out/run/killed" ]]; then
-    # What a killed rank makes the others say fills pages: it goes to a file, the steps are shown.
-    train 2 2> >(tee "$out/killed.log" | grep --line-buffered -E ' I (step|resumed)' >&2 || true) &
+say "3/6 train on 2 processes under the supervisor; one of them will be killed at a third of $steps steps"
+if [[ ! -e "$out/run/stopped" ]]; then
+    train 2 &
     trainer=$!
     trap 'kill "$trainer" 2>/dev/null || true' EXIT
-    while kill -0 "$trainer" 2>/dev/null && (($(steps_done) < steps / 2)); do sleep 1; done
-    victim="$(rank_pid 1)"
-    goku-ops status "$out/run"
+    wait_for_step $((steps / 3))
+    victim="$(of_run '[rank["pid"] for rank in run["ranks"] if rank["rank"] == 1][0]')"
     kill -KILL "$victim"
-    say "killed rank 1 (pid $victim) with SIGKILL; what the other rank said is in $out/killed.log"
-    wait "$trainer" && { echo "the run survived the loss of a process?" >&2; exit 1; }
+    say "killed rank 1 (pid $victim) with SIGKILL; the supervisor starts the ranks again"
+    wait_for_step $((steps / 2))
+    goku-ops status "$out/run"
+    say "at half of the steps: save, and stop"
+    goku-ops stop "$out/run" --save
+    wait "$trainer"
     trap - EXIT
-    touch "$out/run/killed"
+    touch "$out/run/stopped"
 fi
 
-say "4/6 resume on 1 process from the newest intact checkpoint"
+say "4/6 go on with 1 process from the newest intact checkpoint"
 goku-mega checkpoint list "$out/run"
 train 1 threads_per_rank=2
 

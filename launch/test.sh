@@ -7,6 +7,23 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 
+# Real engines for the supervisor's tests, from the distribution: SLURM on nodes made of namespaces, a browser,
+# Prometheus. Where they cannot be installed, the tests that need them are skipped and say so.
+install_engines() {
+    local program missing=()
+    declare -A package=([slurmctld]=slurm-wlm [munged]=munge [ip]=iproute2 [chromium]=chromium [prometheus]=prometheus)
+    for program in "${!package[@]}"; do
+        command -v "$program" >/dev/null || missing+=("${package[$program]}")
+    done
+    [[ ${#missing[@]} -gt 0 && $EUID -eq 0 ]] && command -v apt-get >/dev/null || return 0
+    echo "test: installing ${missing[*]}" >&2
+    # No service is to start: the tests start what they need themselves.
+    apt-get update --quiet --quiet >/dev/null || true
+    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends \
+        "${missing[@]}" >/dev/null || echo "test: could not install ${missing[*]}; their tests are skipped" >&2
+}
+install_engines
+
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 select=()
 if [[ "${1:-}" == --quick ]]; then
@@ -18,5 +35,7 @@ ruff check .
 if [[ ${#select[@]} -eq 0 ]]; then
     mypy
 fi
-# A file stays in one process, so that its fixtures are made once. Exit 5, nothing collected, fails, too.
-pytest -n 2 --dist loadfile "${select[@]}" "$@"
+# A file stays in one process, so that its fixtures are made once; in the order of their names, for the longest are
+# not those with the most tests. Exit 5, nothing collected, fails, too. A failure is told in few lines, for a CI shows
+# no more than some thousand characters of all of them.
+pytest -n 2 --dist loadfile --no-loadscope-reorder --tb=short --show-capture=no --disable-warnings "${select[@]}" "$@"

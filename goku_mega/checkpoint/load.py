@@ -32,7 +32,7 @@ from goku_mega.checkpoint.reading import read_boxes
 from goku_mega.checkpoint.save import FORMAT
 from goku_mega.checkpoint.state import State, belongs_to, stored_shards
 from goku_mega.checkpoint.storage import Folder, LocalFolder, open_folder
-from goku_mega.errors import CheckpointError, DamagedCheckpoint
+from goku_mega.errors import CheckpointError, DamagedCheckpoint, OtherHistory
 from goku_mega.parallel.shards import Shard
 
 logger = logging.getLogger(__name__)
@@ -105,22 +105,23 @@ class Stored:
 def load_newest(
     place: Place, load: Callable[[Stored], Result], *, node_folder: str = "", group: dist.ProcessGroup | None = None
 ) -> tuple[Stored, Result] | None:
-    """Load the newest checkpoint of a folder of them that `load` reads without finding it damaged; None if none is
-    there. What is passed over is said, and why.
+    """Load the newest checkpoint of a folder of them that `load` reads without finding it damaged or of another
+    history; None if none is there. What is passed over is said, and why.
 
     Args:
         load: fills what it fills from an opened checkpoint; it may have to begin again with an older one.
         node_folder: the folder on this rank's own node; what the nodes have together is preferred to `place`.
 
     Raises:
-        CheckpointError: there are checkpoints, and every one is damaged.
+        OtherHistory: there are checkpoints, and every one is of another history.
+        CheckpointError: there are checkpoints, and every one is damaged or of another history.
     """
     ranks = Ranks.of(group)
     candidates = _on_nodes(node_folder, ranks) if node_folder else []
     doing = f"looking for checkpoints in {place}"
     in_store = ranks.first(doing, lambda: _in_store(place, needed=not candidates))
     candidates = sorted([*candidates, *in_store], key=lambda one: (one[0], one[2] >= 0), reverse=True)
-    damaged: list[tuple[int, str]] = []
+    passed_over: list[tuple[int, CheckpointError]] = []
     for step, candidate, rank in candidates:
         try:
             if rank < 0:
@@ -128,14 +129,17 @@ def load_newest(
             else:
                 stored = Stored.open_on_nodes(node_folder, str(candidate), rank, group=group)
             result = load(stored)
-        except DamagedCheckpoint as error:
-            damaged.append((step, str(error)))
+        except (DamagedCheckpoint, OtherHistory) as error:
+            passed_over.append((step, error))
             continue
         if ranks.rank == 0:
-            _warn_passed_over(damaged, step)
+            _warn_passed_over(passed_over, step)
         return stored, result
+    damaged = [error for _, error in passed_over if isinstance(error, DamagedCheckpoint)]
     if damaged:
         raise CheckpointError(_none_is_whole(place, damaged))
+    if passed_over:
+        raise OtherHistory(f"{passed_over[0][1]}; no older checkpoint in {place} is from before that")
     return None
 
 
@@ -325,17 +329,17 @@ def _shape(size: Sequence[int]) -> str:
     return "x".join(str(length) for length in size) or "a scalar"
 
 
-def _warn_passed_over(damaged: Sequence[tuple[int, str]], chosen: int) -> None:
-    for step, fault in damaged:
+def _warn_passed_over(passed_over: Sequence[tuple[int, CheckpointError]], chosen: int) -> None:
+    for step, fault in passed_over:
         logger.warning(
             "passed over the checkpoint of step %d: %s; going back to step %d loses %d steps",
             step, fault, chosen, step - chosen,
         )  # fmt: skip
 
 
-def _none_is_whole(place: Place, damaged: Sequence[tuple[int, str]]) -> str:
+def _none_is_whole(place: Place, damaged: Sequence[CheckpointError]) -> str:
     others = f", and {len(damaged) - 1} more are damaged" if len(damaged) > 1 else ""
     return (
-        f"{damaged[0][1]}{others}; no older checkpoint in {place} is whole: "
+        f"{damaged[0]}{others}; no older checkpoint in {place} is whole: "
         "restore the files from a copy, or train into another folder"
     )

@@ -178,7 +178,7 @@ class Saver:
             Retention(keep, keep_every, keep_best),
         )  # fmt: skip
         ranks.each(doing, lambda: _take_over_all(place))
-        self._token, self._about = token, written_by(ranks.world)
+        self._token = token
         self._tiers, self._store_every = ("node",) if node_folder else ("store",), store_every
         self._writer = _WriterProcess(place, index.to_bytes(), self._snapshot.image.fd, listener)
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -189,6 +189,8 @@ class Saver:
         self._last: Order | None = None
         self.outcome: Outcome | None = None
         """How the last save that has ended, ended."""
+        self.committed_step: int | None = None
+        """The newest step that this rank knows this saver to have committed."""
         self.failures = 0
         """Saves in a row that failed, up to now."""
         self.waits = 0
@@ -201,11 +203,12 @@ class Saver:
         """The process that writes this rank's file."""
         return self._writer.pid
 
-    def save(self, step: int, info: dict[str, Any]) -> float:
+    def save(self, step: int, info: dict[str, Any], *, to_store: bool = False) -> float:
         """Begin to save; the seconds this call took. The state must not change before `fence`.
 
         Args:
             info: plain JSON to keep beside the tensors; rank 0's counts.
+            to_store: with a `node_folder`, this one goes on into `folder` whatever `store_every` says.
         """
         began = time.monotonic()
         if not self._idle.is_set():
@@ -215,8 +218,8 @@ class Saver:
                            step, under_way)  # fmt: skip
             self._idle.wait()
         self._count += 1
-        about = {**info, "step": step, **self._about, "saved_at_s": time.time()}
-        on_to_store = self._tiers == ("node",) and self._count % self._store_every == 0
+        about = {**info, "step": step, **written_by(self._ranks.world), "saved_at_s": time.time()}
+        on_to_store = self._tiers == ("node",) and (to_store or self._count % self._store_every == 0)
         tiers = (*self._tiers, "store") if on_to_store else self._tiers
         self._last = Order(step, f"{self._token}-{self._count}", about, tiers)
         self._idle.clear()
@@ -252,7 +255,7 @@ class Saver:
                     return
                 if not again:
                     raise CheckpointError(f"the checkpoint of step {self._last.step} could not be saved: {faults[0]}")
-                self.save(self._last.step, self._last.info)
+                self.save(self._last.step, self._last.info, to_store="store" in self._last.tiers)
         finally:
             self._end()
 
@@ -275,6 +278,7 @@ class Saver:
 
     def _work(self) -> None:
         """The thread of this class: one save after the other."""
+        environment.code_version()  # asks git, which may take a while: so that it is known when the first save is due
         while (order := self._orders.get()) is not None:
             try:
                 self._snapshot.copy()
@@ -304,6 +308,7 @@ class Saver:
     def _finish(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.failures = self.failures + 1 if outcome.fault else 0
+        self.committed_step = self.committed_step if outcome.fault else outcome.step
         if self._ranks.rank > 0:
             return
         if not outcome.fault:

@@ -6,7 +6,7 @@ The loader's whole state is the step: epoch and place in it follow.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 
 from goku_mega.config import FlowRun
 from goku_mega.data.packing import TrainingBatch, pack_training
-from goku_mega.data.planner import Planner
+from goku_mega.data.planner import Planner, data_step
 from goku_mega.data.shards import Index, ShardReader
 from goku_mega.model.sizes import ModelShape
 from goku_mega.parallel.groups import Groups
@@ -32,6 +32,10 @@ class StepBatch(NamedTuple):
     """Samples of the global batch."""
     flops: int
     """Model FLOPs of the global batch."""
+    data_step: int
+    """The position in the data's order that the samples, their noise and their times are of."""
+    to_audit: Sequence[TrainingBatch] = ()
+    """The first packs of the next data-parallel rank, in steps that are audited."""
 
 
 class Loader:
@@ -82,21 +86,27 @@ class Loader:
     def load(self, step: int) -> StepBatch:
         """Read and pack this rank's samples of a step."""
         run, layout = self.run, self.groups.layout
+        position = data_step(step, run.data.skip_steps)
         plan = self.planner.plan(
-            step, dp_ranks=layout.dp, max_tokens_per_rank=run.data.max_tokens_per_rank,
+            position, dp_ranks=layout.dp, max_tokens_per_rank=run.data.max_tokens_per_rank,
             micro_batch_multiple=layout.micro_batch_multiple,
         )  # fmt: skip
-        batch = list(plan.batch)
-        packs = [
-            pack_training(
-                [self.reader.read(number) for number in numbers],
-                seed=run.seed, step=step, flow=run.flow, caption_dropout=run.data.caption_dropout,
-                null_text=self.reader.null_text, shape=self.shape, layout=layout,
-                cp_rank=self.groups.cp_rank, token_multiple=run.compute.token_multiple, dtype=self.dtype,
-            )
-            for numbers in plan.micro_batches[self.groups.dp_rank]
-        ]  # fmt: skip
-        return StepBatch(step, packs, int(self.tokens[batch].sum()), len(batch), int(self.flops[batch].sum()))
+        batch, packs = list(plan.batch), plan.micro_batches[self.groups.dp_rank]
+        following = plan.micro_batches[(self.groups.dp_rank + 1) % layout.dp]
+        to_audit = following[: layout.micro_batch_multiple] if run.audit.due(step) else ()
+        return StepBatch(
+            step, [self._pack(pack, position) for pack in packs], int(self.tokens[batch].sum()), len(batch),
+            int(self.flops[batch].sum()), position, [self._pack(pack, position) for pack in to_audit],
+        )  # fmt: skip
+
+    def _pack(self, numbers: Sequence[int], position: int) -> TrainingBatch:
+        run = self.run
+        return pack_training(
+            [self.reader.read(number) for number in numbers],
+            seed=run.seed, step=position, flow=run.flow, caption_dropout=run.data.caption_dropout,
+            null_text=self.reader.null_text, shape=self.shape, layout=self.groups.layout,
+            cp_rank=self.groups.cp_rank, token_multiple=run.compute.token_multiple, dtype=self.dtype,
+        )  # fmt: skip
 
     def _fill(self, start_step: int) -> None:
         try:

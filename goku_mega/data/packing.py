@@ -1,6 +1,6 @@
 """Samples to one packed batch: patches end to end, with noise and times that belong to the samples.
 
-Noise, time and caption dropout depend on (seed, step, sample key) only, so the same sample trains
+Noise, time and caption dropout depend on (seed, data step, sample key) only, so the same sample trains
 on the same numbers in every layout and after every restart.
 """
 

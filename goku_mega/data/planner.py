@@ -10,7 +10,7 @@ same plan.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,22 @@ class StepPlan:
     """The global batch in the epoch's order."""
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     """[data-parallel rank][micro-batch] -> samples, the dearest micro-batch first; every rank has the same number."""
+
+
+def data_step(step: int, skip_steps: Collection[int]) -> int:
+    """The position of the data's order that a step trains on: the `step`-th that is not left out."""
+    position = step
+    for skipped in sorted(set(skip_steps)):
+        if skipped > position:
+            break
+        position += 1
+    return position
+
+
+def same_history(steps: int, skipped_there: Collection[int], skipped_here: Collection[int]) -> bool:
+    """Whether `steps` steps took the same positions under both lists."""
+    seen = data_step(steps - 1, skipped_there) if steps else -1
+    return {step for step in skipped_there if step <= seen} == {step for step in skipped_here if step <= seen}
 
 
 class Planner:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow as arrow
 import torch
 from numpy.typing import NDArray
+from pyarrow import parquet
 from torch import Tensor
 
 from goku_mega.errors import DataError
@@ -102,14 +104,13 @@ def load_index(path: Path) -> Index:
     Raises:
         DataError: there is none, it is not finished, or its index is damaged.
     """
-    import pyarrow.parquet as parquet
-
     for name in (DATASET, INDEX, NULL_TEXT):
         if not (path / name).exists():
             command = f"goku-mega encode --corpus FOLDER --output {path}"
             raise DataError(f"{path / name} is missing; make the data set with `{command}`")
     try:
-        table = parquet.read_table(path / INDEX).to_pylist()
+        # Not by `read_table`: it imports the half of pyarrow that a start of a rank can do without.
+        table = parquet.ParquetFile(path / INDEX).read().to_pylist()
         return Index(path, json.loads((path / DATASET).read_text()), tuple(IndexRow(**row) for row in table))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} has a damaged {INDEX} or {DATASET} ({error}); remove it and encode again") from error
@@ -117,9 +118,6 @@ def load_index(path: Path) -> Index:
 
 def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
     """Write the Parquet index, whole or not at all."""
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
     buffer = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist([row._asdict() for row in rows]), buffer)
     write_whole(path, buffer.getvalue())

@@ -224,8 +224,12 @@ def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
         grad.copy_(summed.view_as(grad))
 
 
-def gradient_norm(model: ParallelModel, groups: Groups) -> Tensor:
-    """The global L2 norm, fp64 scalar: every number of every gradient counted once in any layout."""
+def gradient_norm(model: ParallelModel, groups: Groups, votes: Tensor) -> tuple[Tensor, Tensor]:
+    """The global L2 norm, fp64 scalar: every number of every gradient counted once in any layout.
+
+    Beside it, on the same messages, the sums of `votes` (fp64 [n]) over all ranks of this rank's replica, and as one
+    more number at the end how many of those ranks have gradients that are not finite.
+    """
     split, copied = torch.zeros(2, dtype=torch.float64, device=groups.device).unbind()
     for name, grad in model.gradients().items():
         if name in model.partial_over_pp and groups.pp_rank > 0:
@@ -235,13 +239,14 @@ def gradient_norm(model: ParallelModel, groups: Groups) -> Tensor:
             split += square
         else:
             copied += square
-    total = torch.stack((split, copied))
-    dist.all_reduce(total, group=groups.shard)
+    unusable = ~(split + copied).isfinite()
+    numbers = torch.cat((torch.stack((copied, split)), votes, unusable.to(votes)[None]))
+    dist.all_reduce(numbers, group=groups.shard)
     if groups.layout.tp > 1:
-        dist.all_reduce(total[0], group=groups.tp)
+        dist.all_reduce(numbers[1:], group=groups.tp)
     if groups.layout.pp > 1:
-        dist.all_reduce(total, group=groups.pp)
-    return total.sum().sqrt()
+        dist.all_reduce(numbers, group=groups.pp)
+    return numbers[:2].sum().sqrt(), numbers[2:]
 
 
 def _local(tensor: Tensor) -> Tensor:

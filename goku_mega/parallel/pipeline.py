@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
+import megatron.core.transformer.multi_token_prediction  # noqa: F401 - else the schedules do, in the first step
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -42,6 +43,8 @@ def forward_backward(
     tokens: Sequence[int],
     forward: Callable[[ModelCall, Micro], tuple[Tensor, Loss]],
     dtype: torch.dtype,
+    *,
+    forward_only: bool = False,
 ) -> Tensor:
     """Forward and backward of all micro-batches; the sum of their losses on the last stage, 0 on the others.
 
@@ -53,6 +56,7 @@ def forward_backward(
         tokens: tokens of each micro-batch on this context-parallel rank.
         forward: runs the model it is given on a micro-batch; its output and the loss, called on the last stage.
         dtype: type of the hidden states between the stages.
+        forward_only: no backward; gradients stay as they are.
     """
     layout = groups.layout
     config = schedule_config(chunks[0].config, layout, dtype)
@@ -75,6 +79,7 @@ def forward_backward(
         num_microbatches=len(micro_batches),
         seq_length=0,  # PackCommunicator knows the shapes
         micro_batch_size=1,
+        forward_only=forward_only,
         p2p_communicator=PackCommunicator(groups, config, tokens),
         pg_collection=groups.model,
     )

@@ -17,6 +17,7 @@ from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.layout import Layout, divisors, resolve
 from goku_mega.plan.activations import Numerics
 from goku_mega.plan.devices import Gpu, gpu_named
+from goku_mega.plan.goodput_report import goodput_report
 from goku_mega.plan.memory import POLICIES, Job, RankMemory, rank_memory
 from goku_mega.plan.speed import StepTime, step_time, utilisation
 from goku_mega.plan.workload import Kind, Workload, video_tokens
@@ -77,15 +78,22 @@ class Search:
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """`goku-mega plan`: the layouts that fit, best first, and why the others do not.
+    """`goku-mega plan`: the layouts that fit, best first, and why the others do not; or what failures cost.
 
     Raises:
-        ConfigError: the size or the GPU is not known, or the longest sample is above the token cap.
+        ConfigError: the size or the GPU is not known, or the longest sample is above the token cap; for what failures
+            cost, no layout fits and the time of a step is not given.
     """
     shape, gpu = model_shape(config.size), gpu_named(config.gpu)
     work = workload(config, shape)
     numerics = Numerics(fused=config.fused)
+    if config.goodput and config.faults.step_s:
+        return goodput_report(config, config.faults.step_s)
     found = search(config, shape, gpu, work, numerics)
+    if config.goodput:
+        if not found.fits:
+            raise ConfigError(f"no layout fits {config.gpus} x {config.gpu}; give faults.step_s, or use more GPUs")
+        return goodput_report(config, found.fits[0].time.total)
     best = _distinct(found.fits)[: config.top]
     return {
         "model": f"{config.size} on {config.gpus} x {config.gpu} of {gpu.memory_gb:g} GB",
