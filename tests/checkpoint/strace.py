@@ -27,23 +27,27 @@ WRITING = ("openat", "write", "pwrite64", "writev", "pwritev", "fsync", "fdatasy
 
 READING = ("read", "pread64", "readv", "preadv", "preadv2", "mmap", "sendfile", "copy_file_range")
 
-LIMIT_S = 60
+LIMIT_S = 120
 """A busy machine takes its time to let a tracer in, and to end a process."""
 
 _LINE = re.compile(r"^(?:(?P<thread>\d+) +)?(?P<call>\w+)\((?P<arguments>.*)$")
+_RESUMED = re.compile(r"^(?P<thread>\d+) +<\.\.\. \w+ resumed>(?P<rest>.*)$")
+_UNFINISHED = " <unfinished ...>"
 
 
 @dataclass(frozen=True)
 class Call:
     """One system call of a traced process."""
 
+    thread: str
+    """Its id; empty if only one thread was traced."""
     name: str
     number: int
     """Which of the thread's calls of this name, counted from 1: strace's `when`."""
     order: int
     """Place among all traced calls of all threads."""
     arguments: str
-    """As strace prints them, file descriptors with their paths, and the result."""
+    """As strace prints them, file descriptors with their paths, and the result if there was one."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.number}: {self.arguments}"
@@ -92,9 +96,10 @@ def traced(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
         try:
-            said = strace.stderr.readline()
-            if " attached" not in said:
-                raise RuntimeError(said.strip() or "strace ended without a word")
+            for _ in threads or [pid]:  # it says so of each
+                said = strace.stderr.readline()
+                if " attached" not in said:
+                    raise RuntimeError(said.strip() or "strace ended without a word")
             yield
         finally:
             strace.send_signal(signal.SIGINT)  # it lets the process go, unharmed
@@ -106,7 +111,8 @@ def calls_in(log: Path, folder: Path) -> list[Call]:
     """The traced calls that change `folder` or anything inside, in their order."""
     calls: list[Call] = []
     counts: dict[tuple[str, str], int] = {}
-    for order, line in enumerate(log.read_text(errors="replace").splitlines()):
+    lines = log.read_text(errors="replace").splitlines()
+    for order, line in enumerate(lines):
         match = _LINE.match(line)
         if match is None:  # the end of a call that another thread interrupted, or of a process
             continue
@@ -114,8 +120,16 @@ def calls_in(log: Path, folder: Path) -> list[Call]:
         number = counts[thread, name] = counts.get((thread, name), 0) + 1
         changes = name != "openat" or "O_WRONLY" in arguments or "O_RDWR" in arguments
         if changes and str(folder) in arguments:
-            calls.append(Call(name, number, order, arguments))
+            if arguments.endswith(_UNFINISHED):
+                arguments = arguments.removesuffix(_UNFINISHED) + _rest(lines[order + 1 :], thread)
+            calls.append(Call(thread, name, number, order, arguments))
     return calls
+
+
+def _rest(lines: list[str], thread: str) -> str:
+    """The end of a call that another thread interrupted in the log; empty if the call never returned."""
+    resumed = (match["rest"] for line in lines if (match := _RESUMED.match(line)) and match["thread"] == thread)
+    return next(resumed, "")
 
 
 def bytes_read(log: Path, folder: Path) -> int:

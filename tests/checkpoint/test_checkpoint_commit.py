@@ -52,6 +52,7 @@ def save_and_die(rank: int, folder: Path, step: int, operation: int) -> None:
     save(folder, step, keep=1, attempt="second")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
 def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, again: bool) -> None:
     step = 1 if again else 2
@@ -89,6 +90,7 @@ def save_for_ever(rank: int, world: int, folder: Path, log: Path) -> None:
                 file.write(f"{step}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_kill_at_a_random_moment_never_loses_a_committed_checkpoint(tmp_path: Path, world: int) -> None:
     choose = random.Random(world)

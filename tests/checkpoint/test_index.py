@@ -260,11 +260,11 @@ def test_a_million_chunks_are_checked_and_stored_in_seconds_and_few_bytes() -> N
     tensors = tuple(StoredTensor(f"{number:04}", "float32", (4000, 3000)) for number in range(1000))
     file_bytes = np.full(1000, 1000 * 2**20)
     index = Index(tensors, ("f",) * 1000, chunks, file_bytes, (np.zeros(250, dtype=np.uint64),) * 1000)
-    start = time.perf_counter()
+    start = time.process_time()
     index.check_complete()
     data = index.to_bytes()
     Index.from_bytes(data)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(data) < 20 * count
 
 

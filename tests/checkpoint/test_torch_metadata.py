@@ -226,9 +226,9 @@ def test_half_a_million_chunks_in_seconds() -> None:
     )
     stored = tuple(StoredTensor(f"{tensor:03}", "float32", (1000, 16)) for tensor in range(tensors))
     index = Index(stored, tuple(f"__{file}_0.distcp" for file in range(1000)), chunks, np.full(1000, 2**60), ())
-    start = time.perf_counter()
+    start = time.process_time()
     data = torch_metadata(index)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     read = pickle.loads(data)
     assert len(read.storage_data) == count
     assert read.storage_data[MetadataIndex("499", (999, 0))] == _StorageInfo(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_mega.config import DataConfig, FlowRun
+from goku_mega.config import AuditConfig, DataConfig, FlowRun
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, EncodedSample, load_index, write_index, write_shard
@@ -76,7 +76,7 @@ def test_the_ranks_of_any_number_together_have_the_samples_of_one(dataset, ranks
     for step in (0, 5, 11):
         whole, parts = alone.load(step), [each.load(step) for each in of_ranks]
         assert len({len(part.micro_batches) for part in parts}) == 1
-        assert {(part.total_tokens, part.samples, part.flops) for part in parts} == {whole[2:]}
+        assert {(part.total_tokens, part.samples, part.flops) for part in parts} == {whole[2:5]}
         together = [sample for part in parts for sample in samples_of(part.micro_batches)]
         assert sorted(together) == sorted(samples_of(whole.micro_batches))
         assert sum(pack.real_tokens for part in parts for pack in part.micro_batches) == whole.total_tokens
@@ -120,6 +120,28 @@ def assert_equal(one: StepBatch, other: StepBatch) -> None:
     for name in ("patches", "timesteps", "text"):
         assert torch.equal(getattr(one.micro_batches[0].packed, name), getattr(other.micro_batches[0].packed, name))
     assert torch.equal(one.micro_batches[0].velocity, other.micro_batches[0].velocity)
+
+
+def test_a_step_that_is_left_out_is_the_next_ones(dataset):
+    """With its noise and times: what comes after a step left out is what came after it before."""
+    whole, without = loader(dataset), loader(dataset, skip_steps=(2, 3))
+    for step, position in ((0, 0), (1, 1), (2, 4), (5, 7)):
+        batch = without.load(step)
+        assert (batch.step, batch.data_step) == (step, position)
+        assert_equal(batch, whole.load(position))
+
+
+def test_in_audited_steps_a_rank_has_a_pack_of_the_next_ones(dataset):
+    run_dp, layout = 3, Layout(dp_shard=3)
+    parts = [loader(dataset, groups=groups_of(layout, dp_rank=rank)) for rank in range(run_dp)]
+    for part in parts:
+        part.run = replace(part.run, audit=AuditConfig(every_steps=4))
+    batches = [part.load(7) for part in parts]
+    for rank, batch in enumerate(batches):
+        (again,), first = batch.to_audit, batches[(rank + 1) % run_dp].micro_batches[0]
+        assert torch.equal(again.packed.patches, first.packed.patches)
+        assert torch.equal(again.velocity, first.velocity)
+    assert [len(part.load(step).to_audit) for part in parts[:1] for step in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_an_epoch_has_every_sample_once(dataset):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.balance import by_planner, draw_mix, imbalance
-from goku_mega.data.planner import Planner
+from goku_mega.data.planner import Planner, data_step, same_history
 from goku_mega.errors import DataError
 
 sample_sets = st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 64)), min_size=1, max_size=120)
@@ -173,3 +173,32 @@ def test_a_sample_above_the_cap_is_named_at_the_first_step():
 def test_planning_needs_no_torch():
     code = "import sys, goku_mega.data.planner; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+positions = st.sets(st.integers(0, 60), max_size=20)
+
+
+@given(skipped=positions, steps=st.integers(0, 60))
+def test_steps_take_every_position_once_but_those_left_out(skipped, steps):
+    left = [position for position in range(200) if position not in skipped]
+    assert [data_step(step, tuple(skipped)) for step in range(steps)] == left[:steps]
+
+
+@given(there=positions, here=positions, steps=st.integers(0, 40))
+def test_histories_are_the_same_where_they_have_taken_the_same_positions(there, here, steps):
+    taken = [[data_step(step, skipped) for step in range(steps)] for skipped in (there, here)]
+    assert same_history(steps, there, here) == (taken[0] == taken[1])
+
+
+@settings(deadline=None, max_examples=30)
+@given(samples=sample_sets, skipped=st.sets(st.integers(0, 20), max_size=6), ranks=st.integers(1, 8))
+def test_an_epoch_with_steps_left_out_has_every_other_sample_once(samples, skipped, ranks):
+    plans = planner(samples)
+    inside = {step for step in skipped if step < plans.batches_per_epoch}
+    seen = [
+        number
+        for step in range(plans.batches_per_epoch - len(inside))
+        for number in plans.plan(data_step(step, inside), dp_ranks=ranks, max_tokens_per_rank=CAP).batch
+    ]
+    left_out = [number for step in inside for number in plans.plan(step, dp_ranks=1, max_tokens_per_rank=CAP).batch]
+    assert sorted(seen + left_out) == list(range(len(samples)))

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,18 +107,29 @@ def every_cell() -> list[Cell]:
 
 
 def covering_subset() -> list[Cell]:
-    """Few cells in which every pair of choices that fits is met, the one with most new pairs first."""
+    """Few cells in which every pair of choices that fits is met."""
+    return _cover(lambda cell: set(itertools.combinations(vars(cell).items(), 2)))
 
-    def pairs(cell: Cell) -> set[tuple[Any, ...]]:
-        return set(itertools.combinations(vars(cell).items(), 2))
 
+def smallest_subset() -> list[Cell]:
+    """Fewer cells, in which every choice is met, and every pair of axes that both divide or change the work."""
+
+    def met(cell: Cell) -> set[Any]:
+        at_work = [axis for axis, value in vars(cell).items() if value != CHOICES[axis][0]]
+        return {*vars(cell).items(), *itertools.combinations(at_work, 2)}
+
+    return _cover(met)
+
+
+def _cover(met: Callable[[Cell], set[Any]]) -> list[Cell]:
+    """Cells that together meet all that any cell meets; the one that meets most of what is missing first."""
     cells = every_cell()
-    missing = set().union(*map(pairs, cells))
+    missing = set().union(*map(met, cells))
     chosen: list[Cell] = []
     while missing:
-        best = max(cells, key=lambda cell: (len(pairs(cell) & missing), -cell.processes))
+        best = max(cells, key=lambda cell: (len(met(cell) & missing), -cell.processes))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= met(best)
     return chosen
 
 

@@ -63,9 +63,10 @@ def test_importing_the_package_imports_neither_torch_nor_numpy():
 
 
 def test_the_operators_package_and_the_plans_work_where_torch_cannot_be_imported():
+    infra = PACKAGES["goku_infra"]
     modules = [
-        f"goku_infra.{path.stem}"
-        for path in PACKAGES["goku_infra"].glob("*.py")
+        ".".join(("goku_infra", *path.relative_to(infra).with_suffix("").parts))
+        for path in infra.rglob("*.py")
         if path.stem not in ("__init__", "agent")
     ]
     modules += re.findall(r"goku_mega\.\S+", setup_cfg()["importlinter:contract:paper"]["source_modules"])

@@ -1,8 +1,6 @@
 """A run that is killed goes on as if nothing had happened: same layout bitwise, another layout to rounding."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_command, start_command
 
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
+from launch import RankFailed
 
 pytestmark = pytest.mark.slow
 
@@ -42,20 +42,16 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def start(dataset: Path, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """`goku-mega train` under torchrun, as a user starts it."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={STEPS}",
-        f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8", *OPTIMIZER, *overrides,
+def words(dataset: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        "train", f"run_dir={run_dir}", f"data.path={dataset}", f"steps={STEPS}", f"checkpoint.every_steps={EVERY}",
+        "data.samples_per_step=8", *OPTIMIZER, *overrides,
     ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
-    return output
+def finish(dataset: Path, run_dir: Path, ranks: int, *overrides: str) -> str:
+    """Train to the end; what was printed."""
+    return run_command(words(dataset, run_dir, *overrides), ranks, run_dir.with_suffix(".log"), timeout_s=LIMIT_S)
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -64,32 +60,36 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def kill_after_checkpoint(process: subprocess.Popen[str], run_dir: Path, victim: int) -> None:
-    """SIGKILL one rank once the first checkpoint is committed and a later step has begun."""
+def kill_after_checkpoint(dataset: Path, run_dir: Path, *overrides: str) -> None:
+    """SIGKILL one of two ranks once the first checkpoint is committed and a later step has begun."""
     from goku_infra.heartbeat import read_beats
 
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
-        beats = read_beats(run_dir / "heartbeats") if (run_dir / "heartbeats").exists() else []
-        if any(beat.step > EVERY for beat in beats) and (run_dir / "checkpoints" / f"step_{EVERY:08d}").exists():
-            os.kill(next(beat.pid for beat in beats if beat.rank == victim), signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    process.communicate(timeout=LIMIT_S)
-    assert process.returncode not in (0, None)
+    ranks = start_command(words(dataset, run_dir, *overrides), 2, run_dir.with_suffix(".log"), timeout_s=LIMIT_S)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            beats = read_beats(run_dir / "heartbeats") if (run_dir / "heartbeats").exists() else []
+            if any(beat.step > EVERY for beat in beats) and (run_dir / "checkpoints" / f"step_{EVERY:08d}").exists():
+                ranks.processes[1].kill()
+                break
+            time.sleep(0.02)
+        with pytest.raises(RankFailed, match="rank 1 died with exit code -9"):
+            ranks.results()
+    finally:
+        ranks.stop()
 
 
 @pytest.fixture(scope="module")
 def unbroken(dataset, tmp_path_factory) -> dict[int, float]:
     run_dir = tmp_path_factory.mktemp("unbroken")
-    finish(start(dataset, run_dir, 2))
+    finish(dataset, run_dir, 2)
     return losses(run_dir)
 
 
 @pytest.fixture(scope="module")
 def killed(dataset, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("killed")
-    kill_after_checkpoint(start(dataset, run_dir, 2, "layout.tp=1"), run_dir, victim=1)
+    kill_after_checkpoint(dataset, run_dir, "layout.tp=1")
     return run_dir
 
 
@@ -98,9 +98,12 @@ def copy(run_dir: Path, target: Path) -> Path:
     return target
 
 
-def test_the_same_layout_goes_on_bitwise(dataset, unbroken, killed, tmp_path):
+def test_the_same_layout_goes_on_bitwise_under_torchrun(dataset, unbroken, killed, tmp_path):
     run_dir = copy(killed, tmp_path / "run")
-    assert "resumed from" in finish(start(dataset, run_dir, 2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["goku_mega.cli", *words(dataset, run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr
     assert losses(run_dir) == unbroken
 
 
@@ -110,7 +113,7 @@ def test_the_same_layout_goes_on_bitwise(dataset, unbroken, killed, tmp_path):
 )
 def test_another_layout_goes_on_with_the_same_losses(dataset, unbroken, killed, tmp_path, ranks, layout):
     run_dir = copy(killed, tmp_path / "run")
-    finish(start(dataset, run_dir, ranks, *layout))
+    finish(dataset, run_dir, ranks, *layout)
     continued = losses(run_dir)
     assert continued.keys() == unbroken.keys()
     np.testing.assert_allclose(list(continued.values()), list(unbroken.values()), rtol=1e-5)
@@ -118,22 +121,30 @@ def test_another_layout_goes_on_with_the_same_losses(dataset, unbroken, killed, 
 
 def test_pipeline_stages_save_what_one_process_goes_on_from(dataset, unbroken, tmp_path):
     run_dir = tmp_path / "run"
-    kill_after_checkpoint(start(dataset, run_dir, 2, "layout.pp=2"), run_dir, victim=1)
-    assert "resumed from" in finish(start(dataset, run_dir, 1))
+    kill_after_checkpoint(dataset, run_dir, "layout.pp=2")
+    assert "resumed from" in finish(dataset, run_dir, 1)
     np.testing.assert_allclose(list(losses(run_dir).values()), list(unbroken.values()), rtol=1e-5)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(dataset, unbroken, killed, tmp_path):
     run_dir = copy(killed, tmp_path / "run")
-    finish(start(dataset, run_dir, 1, "checkpoint.keep=9"))
+    finish(dataset, run_dir, 1, "checkpoint.keep=9")
     newest = max((run_dir / "checkpoints").glob("step_*"))
     shard = next(newest.glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
-    output = finish(start(dataset, run_dir, 1))
+    output = finish(dataset, run_dir, 1)
     assert "passed over the checkpoint of step 12" in output
     np.testing.assert_allclose(list(losses(run_dir).values()), list(unbroken.values()), rtol=1e-5)
+
+
+def kept(run_dir: Path) -> dict[str, bytes]:
+    """Every file of a run but the heartbeats: who comes next replaces the killed one's records, and removes its own."""
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(run_dir)): path.read_bytes() for path in files if path.parent != run_dir / "heartbeats"
+    }
 
 
 @pytest.mark.parametrize(
@@ -148,14 +159,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(dataset, unbroken, killed, t
 )
 def test_what_does_not_fit_is_one_line_and_exit_code_2(dataset, killed, tmp_path, override, expected):
     run_dir = copy(killed, tmp_path / "run")
-    before = sorted(path.name for path in run_dir.rglob("*"))
-    command = [
-        sys.executable, "-m", "goku_mega.cli", "train", f"run_dir={run_dir}", f"data.path={dataset}",
-        f"steps={STEPS}", f"checkpoint.every_steps={EVERY}", "data.samples_per_step=8",
-        *OPTIMIZER, override,
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("goku-mega: error:")]
-    assert result.returncode == 2 and len(lines) == 1 and expected in lines[0], result.stderr
-    assert "Traceback" not in result.stderr
-    assert sorted(path.name for path in run_dir.rglob("*")) == before
+    before = kept(run_dir)
+    log = tmp_path / "log"
+    assert start_command(words(dataset, run_dir, override), 1, log, timeout_s=LIMIT_S).results() == [2]
+    lines = [line for line in log.read_text().splitlines() if line.startswith("goku-mega: error:")]
+    assert len(lines) == 1 and expected in lines[0], log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert kept(run_dir) == before
