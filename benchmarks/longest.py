@@ -84,7 +84,8 @@ def train(name: str, shape: ModelShape, device: torch.device) -> dict[str, Any]:
         )
         flops = training_flops(pack.real_tokens, TEXT_TOKENS, shape)
         began = time.perf_counter()
-        result = trainer.step(StepBatch(step, [pack], pack.real_tokens, 1, flops))  # ends with figures on the host
+        batch = StepBatch(step, [pack], pack.real_tokens, 1, flops, step)
+        result = trainer.step(batch)  # ends with figures on the host
         steps_s.append(round(time.perf_counter() - began, 2))
         assert result.loss == result.loss, "the loss is not a number"
     peak = peak_flops(device_name(), "bf16")

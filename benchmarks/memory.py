@@ -148,7 +148,7 @@ def a_step(step: int, case: Case, shape: Any, stored: torch.dtype) -> Any:
         samples, seed=0, step=step, flow=FlowConfig(), caption_dropout=0.0, null_text=torch.zeros(1, text_width),
         shape=shape, dtype=stored,
     )  # fmt: skip
-    return StepBatch(step, [pack], pack.real_tokens, case.samples, 0)
+    return StepBatch(step, [pack], pack.real_tokens, case.samples, 0, step)
 
 
 def peak_of_process() -> int:
