@@ -28,7 +28,15 @@ from typing import Any, ClassVar
 import psutil
 
 from goku_infra.control import controller
-from goku_infra.messages import ask, encode, ensure_token, read_address, supervisor_folder
+from goku_infra.messages import (
+    ask,
+    credentials,
+    encode,
+    ensure_token,
+    page_token,
+    read_address,
+    supervisor_folder,
+)
 from goku_infra.node.worker import die_with_the_parent
 from goku_infra.record.journal import Event, read_events
 from goku_infra.settings import Settings, write_settings
@@ -116,15 +124,16 @@ class Agent:
         self.silent = False
         self.spoke_at = 0.0
 
-    async def serve(self, host: str, port: int, token: str) -> None:
-        reader, self.writer = await asyncio.open_connection(host, port)
+    async def serve(self, address: dict[str, Any], token: str) -> None:
+        reader, self.writer = await asyncio.open_connection(address["host"], address["port"])
         self.say(
-            {"kind": "hello", "token": token, "job_id": "bench", "node": self.name, "index": self.index,
-             "address": "127.0.0.1", "keeper_port": 9, "slots": RANKS_PER_NODE, "store_port": 29500, "generation": 0,
-             "ended": [], "pid": 1}
+            {"kind": "hello", **credentials(token, address["epoch"]), "job_id": "bench", "node": self.name,
+             "index": self.index, "address": "127.0.0.1", "keeper_port": 9, "slots": RANKS_PER_NODE,
+             "store_port": 29500, "generation": 0, "ended": [], "pid": 1}
         )  # fmt: skip
         speaking = asyncio.create_task(self.speak())
         try:
+            await reader.readline()  # the proof
             while line := await reader.readline():
                 self.obey(json.loads(line))
         except OSError:
@@ -205,7 +214,7 @@ async def one_size(agents: int, folder: Path, seconds: float) -> dict[str, Any]:
     run = Run(agents)
     made = [Agent(run, index) for index in range(agents)]
     began = time.monotonic()
-    serving = [asyncio.create_task(agent.serve(address["host"], address["port"], token)) for agent in made]
+    serving = [asyncio.create_task(agent.serve(address, token)) for agent in made]
     await until(lambda: len(run.started) == nodes, 60)
     joined_s = time.monotonic() - began
     await first_steps(folder, 1)
@@ -286,7 +295,7 @@ async def watched(
 
 def view(address: dict[str, Any], token: str) -> None:
     url = f"http://{address['host']}:{address['page_port']}/api/state"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {page_token(token)}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         answer.read()
 

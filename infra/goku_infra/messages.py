@@ -1,5 +1,10 @@
-"""What controller, agents and `goku-ops` say to each other: a JSON object a line over TCP, the first with the token."""
+"""What controller, agents and `goku-ops` say to each other: a JSON object a line over TCP.
 
+Each side shows the other that it knows the run's token, and neither says it: whoever takes the port of a controller
+that is gone learns a key that no later controller takes, and cannot answer as one.
+"""
+
+import hmac
 import json
 import os
 import secrets
@@ -12,6 +17,7 @@ from goku_infra.errors import OpsError
 LINE_LIMIT = 64 * 1024 * 1024
 """Longest line, bytes: the stacks of a node's ranks fit."""
 CONTROLLER_FILE = "controller.json"
+PAGE_TOKEN_FILE = "page_token"
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -55,6 +61,34 @@ def _read_token(path: Path) -> str:
     return token
 
 
+def credentials(token: str, epoch: int) -> dict[str, str]:
+    """What the first line to the controller of an epoch holds: a key for it alone, and what it must `prove` with."""
+    return {"key": _code(token, f"key {epoch}"), "nonce": secrets.token_hex(16)}
+
+
+def is_known(token: str, epoch: int, key: object) -> bool:
+    """Whether the controller of an epoch has been given its key."""
+    return isinstance(key, str) and hmac.compare_digest(key, _code(token, f"key {epoch}"))
+
+
+def prove(token: str, nonce: str) -> bytes:
+    """The controller's first line: only who knows the token can have made it, and only for this connection."""
+    return encode({"proof": _code(token, f"proof {nonce}")})
+
+
+def is_proof(token: str, nonce: str, line: bytes) -> bool:
+    return hmac.compare_digest(line.strip(), prove(token, nonce).strip())
+
+
+def page_token(token: str) -> str:
+    """The secret of the status page, which browsers and Prometheus say in clear: it opens nothing else."""
+    return _code(token, "page")
+
+
+def _code(token: str, text: str) -> str:
+    return hmac.new(token.encode(), text.encode(), "sha256").hexdigest()
+
+
 def read_address(folder: Path) -> dict[str, Any] | None:
     """Where the newest controller listens: host, port, page_port, pid, epoch; None before the first."""
     try:
@@ -77,10 +111,11 @@ def last_sign(folder: Path) -> int:
         return 0
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a file that readers see whole: the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
+        file.write(text)
     temporary.replace(path)
 
 
@@ -98,12 +133,15 @@ def ask(run_dir: Path, command: str, *, timeout_s: float = 10.0, **arguments: An
         token = ensure_token(folder)
     except OSError as error:
         raise OpsError(f"only who may read {folder / 'token'} can ask this run's controller ({error})") from None
-    request = {"kind": "ops", "token": token, "command": command, **arguments}
+    shown = credentials(token, address["epoch"])
+    request = {"kind": "ops", **shown, "command": command, **arguments}
     try:
         with socket.create_connection((address["host"], address["port"]), timeout=timeout_s) as connection:
             connection.sendall(encode(request))
-            line = connection.makefile("rb").readline(LINE_LIMIT)
-        answer = json.loads(line)
+            lines = connection.makefile("rb")
+            if not is_proof(token, shown["nonce"], lines.readline(LINE_LIMIT)):
+                raise ValueError("who listens there is not that controller")
+            answer = json.loads(lines.readline(LINE_LIMIT))
     except (OSError, ValueError) as error:
         where = f"{address['host']}:{address['port']}"
         raise OpsError(

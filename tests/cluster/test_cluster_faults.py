@@ -31,6 +31,13 @@ case "$*" in
 esac
 exec {scontrol} "$@"
 """
+BUSY = """#!/bin/sh
+# A slurmctld that has no time, and in the end answers nothing.
+case "$*" in
+*nodename=*) if [ -e {busy} ]; then while [ -e {busy} ]; do sleep 0.1; done; exit 1; fi ;;
+esac
+exec {scontrol} "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -242,16 +249,27 @@ def test_an_unfit_node_does_not_train_and_a_drain_without_rights_is_asked_for(cl
         assert_nothing_is_left(job)
 
 
-def test_who_may_drain_does(cluster, dataset, tmp_path):
-    run_dir = tmp_path / "run"
-    with start(cluster, dataset, run_dir, nodes=1, spares=1) as job:
+def test_who_may_drain_does_also_when_the_controller_dies_while_it_asks(cluster, dataset, tmp_path):
+    run_dir, programs, busy = tmp_path / "run", tmp_path / "bin", tmp_path / "busy"
+    programs.mkdir()
+    (programs / "scontrol").write_text(BUSY.format(busy=busy, scontrol=shutil.which("scontrol")))
+    (programs / "scontrol").chmod(0o755)
+    environment = {"PATH": f"{programs}:{cluster.environment['PATH']}"}
+    with start(cluster, dataset, run_dir, nodes=1, spares=1, environment=environment) as job:
         job.wait_for_more_steps(3)
         (victim,) = nodes(job)
         spare = {"n1": "n2", "n2": "n1"}[victim]
         job.wait_for("node_joined", node=spare)
+        busy.touch()
         job.ops("drain", str(run_dir), victim, "its fan stands still")
         job.wait_for("incident_closed")
         assert nodes(job) == [spare] and not job.events("request")
+        controllers = len(job.events("controller_started"))
+        job.kill_controller()
+        assert not job.events("node_drained")
+        busy.unlink()
+        job.wait_for("controller_started", controllers + 1)
+        job.wait_for("node_drained", node=victim)
         cluster.wait_for(lambda: cluster.states()[victim].startswith("drain"), 20, f"{victim} draining")
         reason = cluster.exec(CONTROL, ["sinfo", "--noheader", f"--nodes={victim}", "--format=%E"]).strip()
         assert reason == "goku: its fan stands still"

@@ -6,13 +6,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.controller_scale import Agent, Run, write_months
 from goku_infra.control import connections
 from goku_infra.control.controller import Controller
-from goku_infra.messages import ensure_token, read_address, supervisor_folder
+from goku_infra.messages import credentials, encode, ensure_token, prove, read_address, supervisor_folder
 from goku_infra.record.history import History
 from goku_infra.record.journal import FILE, Event, Journal, read_events
 from goku_infra.settings import Settings, write_settings
@@ -34,9 +35,8 @@ class Fleet:
         return read_events(supervisor_folder(self.run_dir) / FILE)
 
     @property
-    def address(self) -> tuple[str, int]:
-        address = read_address(supervisor_folder(self.run_dir)) or {}
-        return address["host"], address["port"]
+    def address(self) -> dict[str, Any]:
+        return read_address(supervisor_folder(self.run_dir)) or {}
 
     async def until(self, kind: str, generation: int = 0) -> Event:
         deadline = time.monotonic() + 60
@@ -48,8 +48,8 @@ class Fleet:
         raise TimeoutError(kind)
 
     async def say(self, *lines: bytes) -> bytes:
-        """What a stranger is answered."""
-        reader, writer = await asyncio.open_connection(*self.address)
+        """What is answered to somebody who comes with these lines."""
+        reader, writer = await asyncio.open_connection(self.address["host"], self.address["port"])
         for line in lines:
             writer.write(line)
         writer.write_eof()
@@ -75,7 +75,7 @@ async def fleet(run_dir: Path, **settings) -> AsyncIterator[Fleet]:
         while read_address(folder) is None:
             await asyncio.sleep(0.01)
         them = Fleet(run_dir, controller)
-        agents = [asyncio.create_task(agent.serve(*them.address, ensure_token(folder))) for agent in them.agents]
+        agents = [asyncio.create_task(agent.serve(them.address, ensure_token(folder))) for agent in them.agents]
         try:
             await them.until("generation_started")
             yield them
@@ -90,8 +90,7 @@ def test_a_run_of_many_ranks_is_started_seen_whole_and_got_over_an_end(tmp_path)
     async def scenario() -> None:
         async with fleet(tmp_path) as them:
             await them.until("first_step")
-            answer = json.loads(await them.say(request("state", ensure_token(supervisor_folder(tmp_path)))))
-            state = answer["state"]
+            state = ask_of(await them.say(request("state", ensure_token(supervisor_folder(tmp_path)))))["state"]
             assert [rank["rank"] for rank in state["ranks"]] == list(range(AGENTS * RANKS_PER_NODE))
             assert {rank["phase"] for rank in state["ranks"]} <= {"data", "forward", "backward", "optimizer"}
             assert len(state["nodes"]) == AGENTS
@@ -123,8 +122,15 @@ def test_the_end_of_all_ranks_at_once_is_one_incident(tmp_path):
     asyncio.run(scenario())
 
 
-def request(command: str, token: str) -> bytes:
-    return json.dumps({"kind": "ops", "token": token, "command": command}).encode() + b"\n"
+def request(command: str, token: str, epoch: int = 1) -> bytes:
+    return encode({"kind": "ops", **credentials(token, epoch), "command": command})
+
+
+def ask_of(answered: bytes) -> dict[str, Any]:
+    """The answer after the controller's proof."""
+    proof, answer = answered.splitlines()
+    assert json.loads(proof).keys() == {"proof"}
+    return json.loads(answer)
 
 
 def test_strangers_get_no_answer_and_do_no_harm(tmp_path):
@@ -133,14 +139,16 @@ def test_strangers_get_no_answer_and_do_no_harm(tmp_path):
             token = ensure_token(supervisor_folder(tmp_path))
             for line in (
                 request("stop", "wrong"), request("stop", token[:-1]), request("stop", ""), b"", b"\n", b"no json\n",
-                b"[]\n", b"null\n", b"3\n", b'{"token": 7}\n', request("stop", token)[:-9], b"\xff\xfe\n",
-                json.dumps({"token": token}).encode() + b"\n",
-                json.dumps({"token": token, "kind": "x"}).encode() + b"\n",
-                json.dumps({"token": token, "kind": "hello"}).encode() + b"\n",
-                json.dumps({"token": token, "kind": "ops"}).encode() + b"\n",
+                b"[]\n", b"null\n", b"3\n", b'{"key": 7}\n', request("stop", token)[:-9], b"\xff\xfe\n",
+                request("stop", token, epoch=0), request("stop", token, epoch=2),  # of other controllers
+                encode({"kind": "ops", "key": token, "nonce": "", "command": "stop"}),
+                encode({"kind": "ops", "key": credentials(token, 1)["key"], "command": "stop"}),
             ):  # fmt: skip
                 assert await them.say(line) == b"", line
-            assert json.loads(await them.say(request("dance", token)))["ok"] is False
+            known = credentials(token, 1)
+            for message in ({}, {"kind": "x"}, {"kind": "hello"}, {"kind": "ops"}):
+                assert await them.say(encode(known | message)) == prove(token, known["nonce"]), message
+            assert ask_of(await them.say(request("dance", token)))["ok"] is False
             await them.until("first_step")
             assert not any(event.kind in ("finished", "stop_requested") for event in them.events)
 
@@ -154,7 +162,7 @@ def test_a_line_past_the_limit_is_refused(tmp_path, monkeypatch):
         async with fleet(tmp_path) as them:
             token = ensure_token(supervisor_folder(tmp_path))
             assert await them.say(request("x" * 300_000, token)) == b""
-            assert json.loads(await them.say(request("state", token)))["ok"]
+            assert ask_of(await them.say(request("state", token)))["ok"]
 
     asyncio.run(scenario())
 

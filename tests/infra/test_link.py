@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from goku_infra.messages import CONTROLLER_FILE, replace_file, sign, supervisor_folder
+from goku_infra.messages import CONTROLLER_FILE, encode, prove, replace_file, sign, supervisor_folder
 from goku_infra.node import link as link_module
 from goku_infra.node.link import (
     FIRST_STAGGER_S,
@@ -161,6 +161,39 @@ def test_a_slow_controller_on_a_machine_that_answers_has_longer(clock, silent_co
     assert clock.now - began == pytest.approx(SILENCE_LIMIT_S, abs=2 * STEP_S)
     assert raised_after_s(link, clock, 60) is not None
     assert clock.now - began >= MUTE_S + SILENCE_LIMIT_S
+
+
+def test_orders_of_somebody_who_has_taken_a_controllers_port_are_not_obeyed(clock, silent_controller, tmp_path):
+    controller_was_here(tmp_path, silent_controller.getsockname()[1])
+    link = link_of(tmp_path, 0)
+    assert link.connect({})
+    connection, _ = silent_controller.accept()
+    said = connection.makefile("rb").readline()
+    for proof in (b"", prove("a guess", json.loads(said)["nonce"])):
+        connection.sendall(proof + encode({"kind": "start", "command": ["rm"]}))
+        heard: list[object] = []
+        while link.connected:
+            heard += link.receive()
+        assert not heard and link._token.encode() not in said
+        clock.now += STEP_S
+        assert link.connect({})  # perhaps it is the controller now
+        connection, _ = silent_controller.accept()
+        said = connection.makefile("rb").readline()
+    assert raised_after_s(link, clock, 60) is not None
+
+
+def test_a_controller_that_knows_the_token_is_heard(clock, silent_controller, tmp_path):
+    controller_was_here(tmp_path, silent_controller.getsockname()[1])
+    link = link_of(tmp_path, 0)
+    assert link.connect({})
+    connection, _ = silent_controller.accept()
+    proof = prove(link._token, json.loads(connection.makefile("rb").readline())["nonce"])
+    heard: list[object] = []
+    for part in (proof[:20], proof[20:], encode({"kind": "stop"})[:3], encode({"kind": "stop"})[3:]):
+        connection.sendall(part)
+        time.sleep(0.02)
+        heard += link.receive()
+    assert heard == [{"kind": "stop"}] and link.connected
 
 
 def test_a_machine_that_is_gone_is_missed_sooner(clock, silent_controller, monkeypatch, tmp_path):

@@ -16,8 +16,13 @@ from goku_infra.errors import OpsError
 from goku_infra.messages import (
     CONTROLLER_FILE,
     ask,
+    credentials,
     encode,
     ensure_token,
+    is_known,
+    is_proof,
+    page_token,
+    prove,
     read_address,
     replace_file,
     supervisor_folder,
@@ -72,22 +77,24 @@ def test_an_address_that_is_not_there_or_torn_is_none(tmp_path, text):
 
 
 @contextmanager
-def answering(run_dir: Path, answer: bytes) -> Iterator[list[bytes]]:
-    """A controller that has only one answer."""
+def answering(run_dir: Path, answer: bytes, token: str = "") -> Iterator[list[bytes]]:
+    """A controller that has only one answer; with another `token` than the run's, one that is none."""
     heard: list[bytes] = []
+    token = token or ensure_token(supervisor_folder(run_dir))
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
             connection, _ = server.accept()
             with connection:
                 heard.append(connection.makefile("rb").readline())
-                connection.sendall(answer)
+                connection.sendall(prove(token, json.loads(heard[0])["nonce"]) + answer)
 
         thread = threading.Thread(target=serve)
         thread.start()
+        address = {"host": "127.0.0.1", "port": server.getsockname()[1], "epoch": 3}
         folder = supervisor_folder(run_dir)
-        folder.mkdir(parents=True)
-        replace_file(folder / CONTROLLER_FILE, json.dumps({"host": "127.0.0.1", "port": server.getsockname()[1]}))
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / CONTROLLER_FILE, json.dumps(address))
         yield heard
         thread.join()
 
@@ -96,8 +103,32 @@ def test_an_answer_comes_back(tmp_path):
     with answering(tmp_path, encode({"ok": True, "text": "done"})) as heard:
         assert ask(tmp_path, "drain", node="n1", reason="hot") == {"ok": True, "text": "done"}
     request = json.loads(heard[0])
-    assert request.pop("token") == ensure_token(supervisor_folder(tmp_path))
+    token = ensure_token(supervisor_folder(tmp_path))
+    assert is_known(token, 3, request.pop("key")) and request.pop("nonce")
     assert request == {"kind": "ops", "command": "drain", "node": "n1", "reason": "hot"}
+
+
+def test_who_has_taken_the_port_of_a_controller_is_not_believed_and_learns_nothing_of_use(tmp_path):
+    with (
+        answering(tmp_path, encode({"ok": True, "text": "done"}), token="another") as heard,
+        pytest.raises(OpsError, match="is not that controller"),
+    ):
+        ask(tmp_path, "stop")
+    token = ensure_token(supervisor_folder(tmp_path))
+    assert token.encode() not in heard[0]
+    key = json.loads(heard[0])["key"]
+    assert is_known(token, 3, key) and not is_known(token, 4, key)
+    assert key != page_token(token) != token
+
+
+def test_a_proof_is_for_one_token_and_one_connection():
+    first, second = credentials("token", 1), credentials("token", 1)
+    assert first["key"] == second["key"] and first["nonce"] != second["nonce"]
+    line = prove("token", first["nonce"])
+    assert is_proof("token", first["nonce"], line)
+    assert not is_proof("token", second["nonce"], line) and not is_proof("other", first["nonce"], line)
+    for other in (b"", b"\n", b"{}", b"\xff\n", line[:-5]):
+        assert not is_proof("token", first["nonce"], other)
 
 
 @pytest.mark.parametrize("answer", [b"", b'{"ok": tr', b"no json\n"])
@@ -131,7 +162,7 @@ def test_a_controller_that_is_gone_is_named(tmp_path):
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    replace_file(folder / CONTROLLER_FILE, json.dumps({"host": "127.0.0.1", "port": port}))
+    replace_file(folder / CONTROLLER_FILE, json.dumps({"host": "127.0.0.1", "port": port, "epoch": 1}))
     with pytest.raises(OpsError, match=f"does not answer at 127.0.0.1:{port}.*is the job running"):
         ask(tmp_path, "stop")
 

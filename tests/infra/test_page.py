@@ -84,7 +84,7 @@ PATHS = ("/", "/api/state", "/api/incidents", "/api/metrics", "/metrics", "/noth
 def test_without_the_token_nothing_is_told(served, path):
     reply = served.request(path)
     assert reply.code == 401
-    assert "supervisor/token" in reply.body and "goku_8b" not in reply.body
+    assert "supervisor/page_token" in reply.body and "goku_8b" not in reply.body
     assert "Set-Cookie" not in reply.headers
 
 

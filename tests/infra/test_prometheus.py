@@ -177,7 +177,7 @@ class Run:
         self.folder = folder
         self.state = quiet(run_dir=str(folder), time_s=time.time())
         write_run(folder, story(), self.state)
-        (folder / "supervisor/token").write_text(TOKEN)
+        (folder / "supervisor/page_token").write_text(TOKEN)
 
     @contextlib.contextmanager
     def page(self) -> Iterator[Page]:
@@ -236,7 +236,7 @@ def test_prometheus_follows_a_controller_to_another_port_and_says_when_there_is_
 @pytest.mark.slow
 @needs_prometheus
 def test_prometheus_with_another_token_is_told_nothing(run, prometheus):
-    (run.folder / "supervisor/token").write_text("another")
+    (run.folder / "supervisor/page_token").write_text("another")
     with run.page():
         prometheus.until(lambda: [health for _, health in prometheus.scraped()] == ["down"], "refusal")
         assert not prometheus.query("goku_step")

@@ -135,6 +135,17 @@ def test_excluded_nodes_and_open_requests(recalled):
     assert list(state.requests) == [2]
 
 
+def test_nodes_for_which_slurm_was_not_asked_to_the_end_are_asked_for_again(recalled):
+    story = Story().run(nodes=4).start()
+    for node in ("n0", "n1", "n2", "n3"):
+        story.write("node_excluded", node=node, reason=f"{node} is sick")
+    story.write("node_drained", node="n0")
+    story.write("node_readmitted", node="n1", reason="by the operator")
+    story.write("request", request=1, text="drain", command="approve", node="n2")
+    _, left = recalled(story)
+    assert left.undrained == {"n3": "n3 is sick"}
+
+
 def test_left_out_data_stays_left_out(recalled):
     story = Story().run().start().train(40)
     story.generation += 1

@@ -5,7 +5,7 @@ Outside SLURM only the exclusions are left.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,6 +43,11 @@ class Allocation:
         node.excluded = reason
         self._state.journal.write("node_excluded", node=node.name, reason=reason)
         self._beside(self._drain(node, reason))
+
+    def drain_again(self, undrained: Mapping[str, str]) -> None:
+        """Nodes, and why: a controller before this one did not live to ask SLURM for them."""
+        for name, reason in undrained.items():
+            self._beside(self._drain(self._state.fleet.node(name), reason))
 
     def readmit(self, node: Node, reason: str) -> None:
         """The node may train again; SLURM may give it to anyone if it was us who drained it."""
@@ -117,6 +122,7 @@ class Allocation:
         """Keep SLURM from giving the node to anyone; where we may not, ask the operator."""
         state = self._state
         if await self._ask(slurm.mark_down if node.lost else slurm.drain, node.name, f"goku: {reason}"[:200]):
+            state.journal.write("node_drained", node=node.name)
             return
         number = 1 + max((e.data["request"] for e in state.journal.events if e.kind == "request"), default=0)
         text = f"drain node {node.name}: {reason}"

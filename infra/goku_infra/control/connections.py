@@ -1,7 +1,6 @@
 """The controller's ears and mouth: a connection for every agent, one answer for every operator, the keepers' doors."""
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 
 from goku_infra.control import policy
 from goku_infra.control.run_state import RunState
-from goku_infra.messages import LINE_LIMIT, encode, ensure_token
+from goku_infra.messages import LINE_LIMIT, encode, ensure_token, is_known, prove
 
 BACKLOG = 4096
 """Agents that may connect at the same moment."""
@@ -100,8 +99,9 @@ class Connections:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             message = json.loads(await reader.readline() or b"{}")
-            if not hmac.compare_digest(str(message.get("token", "")).encode(), self.token.encode()):
+            if not is_known(self.token, self._state.journal.epoch, message.get("key")):
                 return
+            writer.write(prove(self.token, message["nonce"]))
             if message["kind"] == "ops":
                 await _say(writer, await self.hearer.asked(message))
             elif message["kind"] == "hello":
@@ -148,7 +148,6 @@ class Connections:
             "node_joined", node=name, place=node.index, host=node.address, keeper_port=node.keeper_port,
             slots=node.slots, running=hello["generation"],
         )  # fmt: skip
-        self.send(name, {"kind": "welcome"})
         self.hearer.joined(name, hello["generation"])
         for ended in hello["ended"]:
             self._hear(name, ended)

@@ -33,7 +33,14 @@ from goku_infra.control.run_state import RunState
 from goku_infra.control.snapshot import Snapshots
 from goku_infra.control.takeover import Takeover
 from goku_infra.errors import OpsError
-from goku_infra.messages import CONTROLLER_FILE, replace_file, sign, supervisor_folder
+from goku_infra.messages import (
+    CONTROLLER_FILE,
+    PAGE_TOKEN_FILE,
+    page_token,
+    replace_file,
+    sign,
+    supervisor_folder,
+)
 from goku_infra.pages import prometheus
 from goku_infra.pages.alerts import Alerts
 from goku_infra.pages.page import Page
@@ -69,6 +76,7 @@ class Controller:
         )  # fmt: skip
         left = recall(self.state)
         self.over = left.over
+        self._undrained = left.undrained
         self.connections = Connections(self.state, left.over)
         self.connections.hearer = self
         self.allocation = Allocation(self.state, self.connections)
@@ -86,13 +94,16 @@ class Controller:
         server = await self.connections.listen()
         self._loop = asyncio.get_running_loop()
         await self.snapshots.take()
+        secret = page_token(self.connections.token)
+        replace_file(state.folder / PAGE_TOKEN_FILE, secret, 0o600)
         with Page(
-            Path(state.settings.run_dir), lambda: self.snapshots.newest, self._ask_from_page, self.connections.token,
-            state.host, 0, actions=state.settings.page_actions,
+            Path(state.settings.run_dir), lambda: self.snapshots.newest, self._ask_from_page, secret, state.host, 0,
+            actions=state.settings.page_actions,
         ) as page:  # fmt: skip
             self._show_where(server.sockets[0].getsockname()[1], page.port)
             if self.over is None:
                 state.journal.write("controller_started", host=state.host, pid=os.getpid())
+                self.allocation.drain_again(self._undrained)
             beside = [asyncio.create_task(self.takeover.seek_expected())]
             if state.settings.in_slurm:
                 beside.append(asyncio.create_task(self.allocation.watch(self._time_is_up)))

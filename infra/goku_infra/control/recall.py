@@ -32,6 +32,8 @@ class Inheritance:
     """The job that trained last, and how often it had been requeued then."""
     finding: Finding | None = None
     """Of the open incident."""
+    undrained: dict[str, str] = field(default_factory=dict)
+    """Excluded nodes, and why, for which SLURM may never have been asked."""
     decided: set[int] = field(default_factory=set)
     """Incidents that the policy has seen."""
 
@@ -94,11 +96,15 @@ def _follow(state: RunState, left: Inheritance, event: Event) -> None:
         case "incident_closed":
             state.incident = left.finding = None
         case "node_excluded":
-            state.fleet.node(data["node"]).excluded = data["reason"]
+            state.fleet.node(data["node"]).excluded = left.undrained[data["node"]] = data["reason"]
+        case "node_drained":
+            left.undrained.pop(data["node"], None)
         case "node_readmitted":
             state.fleet.node(data["node"]).excluded = ""
+            left.undrained.pop(data["node"], None)
         case "request":
             state.requests[data["request"]] = data
+            left.undrained.pop(data["node"], None)
         case "request_answered":
             state.requests.pop(data["request"], None)
         case "stop_requested":

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from goku_infra import slurm
-from goku_infra.messages import encode, ensure_token, last_sign, read_address, supervisor_folder
+from goku_infra.messages import (
+    credentials,
+    encode,
+    ensure_token,
+    is_proof,
+    last_sign,
+    read_address,
+    supervisor_folder,
+)
 from goku_infra.node.standby import Standby
 
 SILENCE_LIMIT_S = 1.5
@@ -66,6 +74,8 @@ class Link:
         self.socket: socket.socket | None = None
         self._token = ensure_token(self.folder)
         self._buffer = b""
+        self._nonce = ""
+        """What the controller must still prove itself with; empty: it has."""
         self._heard_at = self._spoke_at = 0.0
         self._lost_at = time.monotonic()
         self._tried_at = 0.0
@@ -124,7 +134,7 @@ class Link:
         try:
             while chunk := connection.recv(1 << 20, socket.MSG_DONTWAIT):
                 self._buffer += chunk
-                self._heard_at, self._answered = time.monotonic(), True
+                self._heard_at = time.monotonic()
             self._lose(connection)
         except BlockingIOError:
             silent_s = time.monotonic() - self._heard_at
@@ -133,6 +143,11 @@ class Link:
         except OSError:
             self._lose(connection)
         *lines, self._buffer = self._buffer.split(b"\n")
+        if lines and self._nonce:
+            if not is_proof(self._token, self._nonce, lines.pop(0)):  # somebody else has taken its port
+                self._lose(connection)
+                return []
+            self._nonce, self._answered = "", True
         return [json.loads(line) for line in lines]
 
     def _lose(self, connection: socket.socket) -> None:
@@ -166,15 +181,17 @@ class Link:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_LIMIT_S, 0))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         member = self.member
+        shown = credentials(self._token, address["epoch"])
         greeting = {
-            "kind": "hello", "token": self._token, "job_id": member.job_id, "node": member.node,
+            "kind": "hello", **shown, "job_id": member.job_id, "node": member.node,
             "index": member.place, "address": member.address, "keeper_port": member.keeper_port, **hello,
         }  # fmt: skip
         try:
             connection.sendall(encode(greeting))
         except OSError:
             return False
-        self._buffer, self._heard_at, self._first, self._answered = b"", time.monotonic(), False, False
+        self._buffer, self._nonce = b"", shown["nonce"]
+        self._heard_at, self._first, self._answered = time.monotonic(), False, False
         self._connected_at = self._heard_at
         self.socket = connection
         return True

@@ -18,7 +18,7 @@ from goku_infra import environment, slurm
 from goku_infra.checks import fitness
 from goku_infra.checks.collective_check import own_address
 from goku_infra.errors import OpsError
-from goku_infra.messages import ask, ensure_token, read_address, supervisor_folder
+from goku_infra.messages import ask, ensure_token, page_token, read_address, supervisor_folder
 from goku_infra.node.keeper import Keeper
 from goku_infra.node.worker import check_command, runnable
 from goku_infra.settings import RESTART_LIMIT, Settings, write_settings
@@ -207,8 +207,8 @@ def _show_rank0(run_dir: Path) -> None:
     while True:
         address = read_address(logs.parent)
         if address is not None and address["epoch"] > shown_epoch:  # the first controller of this run, or another one
-            shown_epoch, token = address["epoch"], ensure_token(logs.parent)
-            page = f"http://{address['host']}:{address['page_port']}/?token={token}"
+            shown_epoch, secret = address["epoch"], page_token(ensure_token(logs.parent))
+            page = f"http://{address['host']}:{address['page_port']}/?token={secret}"
             print(f"goku-ops status {run_dir}   status page: {page}", file=sys.stderr)
         if (changed_at := logs.stat().st_mtime_ns) != seen_at:  # there may be thousands of generations
             seen_at, newest = changed_at, _newest_generation(logs)

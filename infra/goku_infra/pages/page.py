@@ -1,6 +1,6 @@
 """The status page of a run: one file of HTML, JSON for it and for tools, and Prometheus metrics.
 
-Served by threads of the controller's process. Everything needs the run's token; nothing can be changed from here
+Served by threads of the controller's process. Everything needs the page's token; nothing can be changed from here
 unless the operator has asked for that.
 """
 
@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse_stranger(self) -> None:
         self._refuse(
             HTTPStatus.UNAUTHORIZED,
-            "give the run's token (RUN_DIR/supervisor/token): open /?token=TOKEN, or send Authorization: Bearer TOKEN",
+            "give the token in RUN_DIR/supervisor/page_token: open /?token=TOKEN, or send Authorization: Bearer TOKEN",
         )
 
     def _refuse(self, code: HTTPStatus, text: str) -> None:

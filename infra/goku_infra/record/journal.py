@@ -52,6 +52,7 @@ KINDS = {
     "action": "incident, action, reason, and what it applies to",
     "incident_closed": "incident, step, lost_steps",
     "node_excluded": "node, reason",
+    "node_drained": "node: SLURM was asked to give it to nobody, and had an answer",
     "node_readmitted": "node, reason",
     "request": "request, text, command: something that the operator must approve",
     "request_answered": "request, approved (bool), by",
@@ -62,7 +63,7 @@ KINDS = {
 """What every kind of event says in its `data`."""
 
 
-UNHURRIED = frozenset({"node_joined", "node_left", "progress", "alert"})
+UNHURRIED = frozenset({"node_joined", "node_left", "node_drained", "progress", "alert"})
 """Nothing is done about these: a kill of the controller does not lose them, the next event takes them to disk, and a
 disk that is full does without them."""
 _REPORT = re.compile(rb'{"seq":\d+,"kind":"progress","time_s":[^,]+,("epoch":\d+,"generation":\d+),.*}}\n')
