@@ -170,7 +170,7 @@ class Agent:
             if (step, phase, self.ranks) != said or now - said_at >= SAY_S:
                 said, said_at = (step, phase, self.ranks), now
                 self.say(
-                    {"kind": "ranks", "generation": self.generation, "health": [],
+                    {"kind": "ranks", "generation": self.generation, "health": [], "gpus": [],
                      "ranks": [self.observe(rank, step, phase, now - since, now) for rank in self.ranks]}
                 )  # fmt: skip
             elif now - self.spoke_at >= SPEAK_S - self.run.look_s:

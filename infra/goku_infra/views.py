@@ -4,7 +4,7 @@ Ages are seconds on one monotonic clock, the controller's: an age that an agent 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 Role = Literal["training", "spare", "excluded", "lost"]
 Status = Literal["waiting", "starting", "running", "recovering", "stopping", "finished"]
@@ -56,6 +56,18 @@ class RankView:
         return bool(self.exit_code) or self.left_early
 
 
+class GpuView(TypedDict):
+    """What one GPU of a node does; None: it does not tell. A dictionary, for it goes through messages as it is."""
+
+    index: int
+    busy: float | None
+    """Share of the last second or so in which a kernel ran, one that waits for other GPUs included."""
+    memory_bytes: int | None
+    """In use, by whomever."""
+    power_w: float | None
+    temperature_c: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeView:
     """One node that has an agent, or had one."""
@@ -71,6 +83,8 @@ class NodeView:
     """Why it is excluded or lost."""
     health: tuple[str, ...] = ()
     """Present findings of its health checks, one line each; empty: healthy."""
+    gpus: tuple[GpuView, ...] = ()
+    """As of its last health check."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from journals import Story
 
 from goku_infra.record.accounting import account, goodput
 from goku_infra.record.incidents import incidents
-from goku_infra.views import NodeView, RankView
+from goku_infra.views import GpuView, NodeView, RankView
 
 
 def rank(number: int, *, ranks_per_node: int = 4, **changes: Any) -> dict[str, Any]:
@@ -22,7 +22,12 @@ def rank(number: int, *, ranks_per_node: int = 4, **changes: Any) -> dict[str, A
 
 
 def node(name: str, role: str = "training", **changes: Any) -> dict[str, Any]:
-    return asdict(NodeView(name=name, host=f"10.77.0.{10 + int(name[1:])}", role=role, slots=4, **changes))
+    gpus = () if role == "lost" else tuple(gpu(index) for index in range(4))
+    return asdict(NodeView(name=name, host=f"10.77.0.{10 + int(name[1:])}", role=role, slots=4, gpus=gpus, **changes))
+
+
+def gpu(index: int) -> GpuView:
+    return GpuView(index=index, busy=0.97 - index / 100, memory_bytes=74 << 30, power_w=640.5, temperature_c=64)
 
 
 def story() -> Story:

@@ -130,8 +130,10 @@ def test_ten_thousand_ranks_are_looked_at_quickly():
 
 def test_the_health_of_a_spare_is_known_though_it_has_no_ranks():
     made = fleet()
-    report = {"kind": "ranks", "generation": 0, "ranks": []}
-    made.hear("n2", report | {"health": ["critical: its disk is full"]}, 5, now=1.0)
+    report = {"kind": "ranks", "generation": 0, "ranks": [], "gpus": []}
+    gpu = {"index": 0, "busy": 0.0, "memory_bytes": 0, "power_w": 70.0, "temperature_c": 31}
+    made.hear("n2", report | {"health": ["critical: its disk is full"], "gpus": [gpu]}, 5, now=1.0)
+    assert made.nodes["n2"].view(1.0).gpus == (gpu,)
     assert made.nodes["n2"].critical and made.nodes["n2"] not in made.ready()
     made.hear("n2", report | {"health": []}, 5, now=2.0)
     assert made.nodes["n2"] in made.ready()

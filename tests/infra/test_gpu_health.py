@@ -56,6 +56,13 @@ def test_healthy_gpus_have_no_findings_and_all_they_say_is_read(tmp_path):
     assert len(now[1].nvlinks) == 18 and now[1].pids == (4102,)
 
 
+def test_what_a_gpu_does_is_seen_and_what_it_does_not_tell_is_none(tmp_path):
+    first, second = gpus(tmp_path, ("nvmlDeviceGetPowerUsage", [], {"error": pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    seen = {"index": 0, "busy": 0.97, "memory_bytes": 597557248, "power_w": 640.512, "temperature_c": 61}
+    assert gpu_health.view(first) == seen
+    assert gpu_health.view(second) == seen | {"index": 1, "power_w": None}
+
+
 @pytest.mark.parametrize(
     ("call", "arguments", "answer", "expected", "words"),
     [

@@ -252,6 +252,7 @@ def test_a_watch_compares_gpus_with_the_time_before(tmp_path, sample_gpus):
     watch = NodeWatch(tmp_path)
     assert watch.findings() == []
     assert [row.text for row in watch.findings()] == ["GPU 0 (u) has NVLink 0 down"]
+    assert [gpu["index"] for gpu in watch.gpus] == [0]
 
 
 def nvlink(active: bool) -> gpu_health.NvLink:

@@ -256,7 +256,8 @@ def test_the_browser_shows_figures_culprit_and_charts_without_an_error(browser, 
     show(browser, served)
     text = browser.text()
     for said in ("recovering", f"{served.state['step']:,}", "0.8431", "1,482,113", "power-off",
-                 "process state T for 3.2 s", "goku-ops approve out/goku_8b 1", "waiting for nodes"):  # fmt: skip
+                 "process state T for 3.2 s", "goku-ops approve out/goku_8b 1", "waiting for nodes",
+                 "4 GPUs, 94 to 97 % busy"):  # fmt: skip
         assert said in text, said
     assert f"{100 * served.state['goodput']:.1f} %" in text
     assert browser.evaluate("location.search") == "" and browser.evaluate("document.cookie") == ""

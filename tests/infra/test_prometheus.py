@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from snapshots import quiet, rank, snapshot, story, write_run
+from snapshots import node, quiet, rank, snapshot, story, write_run
 
 from goku_infra.pages import page
 from goku_infra.pages.page import Page
@@ -81,6 +81,16 @@ def test_a_large_run_has_series_of_its_own_only_for_odd_ranks():
     text = render(snapshot(ranks=ranks, incidents=[]))
     assert [line.split("{")[1].split(",")[0] for line in series(text, "goku_rank_step")] == ['rank="77"']
     assert len(series(render(snapshot(ranks=ranks[:-1])), "goku_rank_step")) == RANK_SERIES_LIMIT
+
+
+def test_gpus_have_series_of_their_own_and_in_a_large_run_those_of_odd_nodes():
+    text = render(snapshot())
+    assert len(series(text, "goku_gpu_busy_ratio")) == 3 * 4  # the lost node's are not known any more
+    assert 'goku_gpu_power_watts{node="n0",gpu="3"} 640.5' in text
+    nodes = [node(f"n{number}") for number in range(RANK_SERIES_LIMIT // 4 + 1)]
+    nodes[7] |= {"health": ["warning: GPU 2 is hot"]}
+    lines = series(render(snapshot(nodes=nodes)), "goku_gpu_temperature_celsius")
+    assert len(lines) == 4 and all('node="n7"' in line for line in lines)
 
 
 @needs_promtool

@@ -23,6 +23,7 @@ from goku_infra.checks.health import HealthFinding
 from goku_infra.checks.host_health import CRITICAL_XIDS
 from goku_infra.checks.nvml_recording import Recorder, Replay
 from goku_infra.errors import OpsError
+from goku_infra.views import GpuView
 
 INSTALL = "pip install nvidia-ml-py"
 
@@ -83,6 +84,11 @@ class GpuSample:
     slowdowns: tuple[str, ...] = ()
     """Reasons that hold its clocks down: keys of `SLOWDOWNS`."""
     idle: bool = False
+    busy: float | None = None
+    """Share of the last second or so in which a kernel ran."""
+    memory_bytes: int | None = None
+    """In use."""
+    power_w: float | None = None
     temperature_c: int | None = None
     slowdown_c: int | None = None
     """Temperature at which this GPU slows down."""
@@ -162,6 +168,14 @@ def xid_finding(index: int | None, xid: int) -> HealthFinding:
     return HealthFinding(
         "gpu_xid", severity, f"GPU {'?' if index is None else index} reported Xid {xid}", is_event=True
     )
+
+
+def view(gpu: GpuSample) -> GpuView:
+    """What operators see of a GPU beside its findings."""
+    return GpuView(
+        index=gpu.index, busy=gpu.busy, memory_bytes=gpu.memory_bytes, power_w=gpu.power_w,
+        temperature_c=gpu.temperature_c,
+    )  # fmt: skip
 
 
 class XidWatch:
@@ -328,6 +342,9 @@ class _Asker:
         reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
         if reasons is None:  # drivers before 535
             reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+        used = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
+        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+        milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
         facts = {
             "name": self._ask(nvml.nvmlDeviceGetName, handle),
             "uuid": self._ask(nvml.nvmlDeviceGetUUID, handle),
@@ -344,6 +361,9 @@ class _Asker:
             "recovery_action": next((name for name in RECOVERY if getattr(nvml, name) == recovery), None),
             "slowdowns": tuple(name for name in SLOWDOWNS if reasons & getattr(nvml, name)),
             "idle": bool(reasons & nvml.nvmlClocksEventReasonGpuIdle),
+            "busy": used and used.gpu / 100,
+            "memory_bytes": memory and memory.used,
+            "power_w": None if milliwatts is None else milliwatts / 1000,
             "temperature_c": self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
             "slowdown_c": self._ask(
                 nvml.nvmlDeviceGetTemperatureThreshold, handle, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN

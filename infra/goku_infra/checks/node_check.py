@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from goku_infra.checks import gpu_health, host_health
 from goku_infra.checks.health import HealthFinding, answer_within
 from goku_infra.errors import OpsError
+from goku_infra.views import GpuView
 
 QUICK_BYTES, FULL_BYTES = 1 << 20, 64 << 20
 """Written to the folder's disk and read back."""
@@ -106,6 +107,11 @@ class NodeWatch:
         self._gpu_answer_s = GPU_FIRST_ANSWER_S
         self._xids = _xids_if_possible(self._nvml)
         self._events: list[tuple[float, HealthFinding]] = []
+
+    @property
+    def gpus(self) -> list[GpuView]:
+        """What the node's GPUs did when `findings` last asked them."""
+        return [gpu_health.view(gpu) for gpu in self._gpus]
 
     def findings(self) -> list[HealthFinding]:
         """What is wrong with this node now; empty: healthy."""

@@ -7,7 +7,7 @@ monotonic clock.
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from goku_infra.views import NodeView, RankView, Role
+from goku_infra.views import GpuView, NodeView, RankView, Role
 
 OURS = {"node", "heard_age_s", "exit_code", "left_early", "last_lines"}
 """Fields of a rank that its agent does not say in its reports."""
@@ -45,6 +45,7 @@ class Node:
     back_since: float | None = None
     """When its agent died while the node lived on: another agent is on its way."""
     health: tuple[str, ...] = ()
+    gpus: tuple[GpuView, ...] = ()
 
     @property
     def critical(self) -> list[str]:
@@ -61,6 +62,7 @@ class Node:
         return NodeView(
             name=self.name, host=self.address, role=self.role, slots=self.slots,
             heard_age_s=round(now - self.heard_at, 3), reason=self.excluded or self.lost, health=self.health,
+            gpus=self.gpus,
         )  # fmt: skip
 
 
@@ -110,6 +112,7 @@ class Fleet:
             node.stopping = False
         elif kind == "ranks":
             node.health = tuple(message["health"])  # also of a spare, which has no ranks of this generation
+            node.gpus = tuple(message["gpus"])
         if message.get("generation") != generation:
             return
         if kind == "ranks":

@@ -33,6 +33,7 @@ from goku_infra.node.scratch import fresh_scratch_folder, name_semaphores_after
 from goku_infra.node.worker import Place, run_rank
 from goku_infra.process_name import take_name
 from goku_infra.settings import Settings, read_settings
+from goku_infra.views import GpuView
 
 logger = logging.getLogger("goku_infra.node.agent")
 
@@ -124,6 +125,7 @@ class NodeAgent(LocalElasticAgent):
         self._said_at = self._looked_at = 0.0
         self._last_said: object = None
         self._health: list[str] = []
+        self._gpus: list[GpuView] = []
         self._ended_with: int | None = None
         """The exit code that the controller has told this agent to end with."""
         threading.Thread(target=self._watch_health, name="health", daemon=True).start()
@@ -275,7 +277,10 @@ class NodeAgent(LocalElasticAgent):
         since_s = now - self._said_at
         if since_s >= SAY_S or (said != self._last_said and since_s >= self._settings.nodes / REPORTS_PER_S):
             self._last_said, self._said_at = said, now
-            self._link.send({"kind": "ranks", "generation": self._generation, "ranks": ranks, "health": self._health})
+            self._link.send(
+                {"kind": "ranks", "generation": self._generation, "ranks": ranks, "health": self._health,
+                 "gpus": self._gpus}
+            )  # fmt: skip
 
     def _observe(self) -> list[dict[str, Any]]:
         folder = self._scratch / f"g{self._generation:04d}"
@@ -308,6 +313,7 @@ class NodeAgent(LocalElasticAgent):
             try:
                 watch = watch or NodeWatch(self._member.run_dir)
                 self._health = [f"{finding.severity}: {finding.text}" for finding in watch.findings()]
+                self._gpus = watch.gpus
             except Exception:
                 logger.exception("the health check of this node failed")
             time.sleep(HEALTH_S)

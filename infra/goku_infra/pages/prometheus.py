@@ -16,7 +16,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TARGETS_FILE = "prometheus.json"
 """In the supervisor's folder: for Prometheus' discovery by files, which sees when a run's controller moves."""
 RANK_SERIES_LIMIT = 512
-"""Ranks up to which every rank has its own series."""
+"""Ranks up to which every rank has its own series, and every GPU; beyond, those of what is odd."""
 
 Sample = tuple[Mapping[str, Any], float | None]
 
@@ -47,6 +47,13 @@ RANK_COUNTERS = {
     "goku_rank_waiting_seconds_total": ("waiting_s", "Seconds of the rank's main thread waiting for other ranks."),
 }
 """These start again with the rank's process, as a counter may."""
+
+GPU_GAUGES = {
+    "goku_gpu_busy_ratio": ("busy", "Share of the time in which a kernel ran on the GPU, one that waits included."),
+    "goku_gpu_memory_used_bytes": ("memory_bytes", "Memory of the GPU in use."),
+    "goku_gpu_power_watts": ("power_w", "Power that the GPU draws."),
+    "goku_gpu_temperature_celsius": ("temperature_c", "Temperature of the GPU."),
+}
 
 
 def render(snapshot: dict[str, Any]) -> str:
@@ -109,6 +116,8 @@ def _run(snapshot: dict[str, Any]) -> list[str]:
 def _nodes(nodes: list[dict[str, Any]]) -> list[str]:
     roles = [node["role"] for node in nodes]
     present = [node for node in nodes if node["role"] not in ("lost", "excluded")]
+    shown = present if sum(len(node["gpus"]) for node in present) <= RANK_SERIES_LIMIT else filter(node_oddity, present)
+    gpus = [({"node": node["name"], "gpu": gpu["index"]}, gpu) for node in shown for gpu in node["gpus"]]
     return [
         *_family(
             "goku_nodes", "gauge", "Nodes by role.", [({"role": role}, roles.count(role)) for role in get_args(Role)]
@@ -120,6 +129,11 @@ def _nodes(nodes: list[dict[str, Any]]) -> list[str]:
         *_family(
             "goku_node_healthy", "gauge", "1 if nothing is odd about the node, else 0.",
             [({"node": node["name"]}, not node_oddity(node)) for node in nodes],
+        ),
+        *(
+            line
+            for name, (key, text) in GPU_GAUGES.items()
+            for line in _family(name, "gauge", text, [(labels, gpu[key]) for labels, gpu in gpus])
         ),
     ]  # fmt: skip
 
