@@ -98,7 +98,7 @@ class Allocation:
             if job.state != "RUNNING":  # then the nodes are not lost: SLURM is ending the job
                 state.finish("stopped", f"SLURM has ended the job: {job.state}", EXIT_FAILED)
                 return
-        state.journal.write("finished", status="requeued", step=state.highest_step, reason=why, exit_code=0)
+        state.write_finished("requeued", why, 0)
         await self._mark_lost_nodes()
         self.requeued = True
         try:

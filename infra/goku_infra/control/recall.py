@@ -43,9 +43,7 @@ def recall(state: RunState) -> Inheritance:
     left = Inheritance(signed_s=last_sign(state.folder) / 1e9)
     for event in state.journal.events:
         _follow(state, left, event)
-    taken = max((row["step"] + 1 for row in state.tail.past), default=0)
-    if taken > state.highest_step:  # while nobody watched, and progress all the same
-        state.highest_step, state.policy = taken, policy.progressed(state.policy)
+    state.note_rows()
     end = state.journal.events[-1] if state.journal.events else None
     if (
         end is not None

@@ -85,6 +85,14 @@ class RunState:
         self.write_progress()
         return True
 
+    def note_rows(self) -> None:
+        """Steps that rank 0 has written down and nobody has told us of: taken while no controller lived, or just before
+        the ranks left.
+        """
+        taken = self.tail.last.get("step", -1) + 1
+        if taken > self.highest_step:
+            self.highest_step, self.policy = taken, policy.progressed(self.policy)
+
     def write_progress(self) -> None:
         rank0 = self.fleet.ranks.get(0)
         self.journal.write(
@@ -108,4 +116,10 @@ class RunState:
         self.note_progress(time.monotonic())
         self.status, self.reason, self.exit_code = "finished", reason, exit_code
         self.alert("critical" if exit_code else "info", f"{status}: {reason}")
+        self.write_finished(status, reason, exit_code)
+
+    def write_finished(self, status: str, reason: str, exit_code: int) -> None:
+        """The last word on the run, or on this start of its job."""
+        self.tail.read()
+        self.note_rows()
         self.journal.write("finished", status=status, step=self.highest_step, reason=reason, exit_code=exit_code)
