@@ -40,7 +40,7 @@ def story() -> Story:
     return made.write(
         "incident_blamed", incident=3, cause="stopped_process", ranks=[5], node="n1",
         detail="process state T for 3.2 s; 7 ranks wait for it in all_reduce",
-        evidence=["stacks_rank_00005.txt", "summary.txt"],
+        evidence=2,
     )  # fmt: skip
 
 

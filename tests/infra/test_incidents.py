@@ -15,7 +15,7 @@ def stopped_rank() -> Story:
     story = Story().run().start().train(39, save_s=1.0).train(20).fault("hang", rank=None, node="", found_s=3.25)
     story.after(0.5).write(
         "incident_blamed", incident=1, cause="stopped_process", ranks=[5], node="n2", detail="state T for 3.2 s",
-        evidence=["summary.txt"],
+        evidence=1,
     )  # fmt: skip
     story.act("exclude", node="n2").act("restart").after(0.25).start(incident=1, takes_s=1.0)
     return story
@@ -32,7 +32,7 @@ def test_an_incident_tells_its_times_its_culprit_and_its_cost():
     assert [(action, reason) for _, action, reason in incident.actions] == [
         ("exclude", "because"), ("restart", "because"),
     ]  # fmt: skip
-    assert incident.evidence == ("summary.txt",)
+    assert incident.evidence == 1
 
 
 def test_the_sentence_names_the_culprit_the_repair_and_the_loss():

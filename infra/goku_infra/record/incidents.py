@@ -56,8 +56,8 @@ class Incident:
     skip_steps: tuple[int, ...] = ()
     """Positions of the data that the run leaves out because of it."""
     detail: str = ""
-    evidence: tuple[str, ...] = ()
-    """Files of its folder, `supervisor/incidents/NNNN`."""
+    evidence: int = 0
+    """Number of files in its folder, `supervisor/incidents/NNNN`."""
     status: Literal["open", "recovered", "ended"] = "open"
     """`ended`: the run finished before it was repaired."""
 
@@ -198,7 +198,7 @@ def _followed(incident: Incident, event: Event) -> Incident:
             node = data.get("node") or incident.node
             return replace(
                 incident, cause=cause, ranks=ranks, node=node, text=subject(cause, ranks, node),
-                detail=data.get("detail") or incident.detail, evidence=tuple(data.get("evidence") or ()),
+                detail=data.get("detail") or incident.detail, evidence=data.get("evidence", 0),
                 blamed_s=event.time_s,
             )  # fmt: skip
         case "action":

@@ -48,7 +48,7 @@ KINDS = {
     "caught_up": "step: further than the run has ever been; what came before was computed again",
     "progress": "step, committed_step, loss, saving_s (blocked by saves since this generation's start), every 10 s",
     "incident_opened": "incident, cause, ranks, node, step, fault_s (last sign of health, unix), detail, data",
-    "incident_blamed": "incident, cause, ranks, node, detail, evidence (files under incidents/NNNN)",
+    "incident_blamed": "incident, cause, ranks, node, detail, evidence (number of files in incidents/NNNN)",
     "action": "incident, action, reason, and what it applies to",
     "incident_closed": "incident, step, lost_steps",
     "node_excluded": "node, reason",
