@@ -322,6 +322,15 @@ def test_a_slow_rank_whose_cores_others_have_is_told_from_a_slow_machine(delayed
     assert ("others had the cores of node2" in finding.detail) == told
 
 
+@pytest.mark.parametrize(("excess", "named"), [(1.15, False), (1.9, True)])
+def test_where_all_ranks_wait_for_cores_only_a_rank_slower_than_that_is_named(excess, named) -> None:
+    seconds = work(4, 300, seed=6)
+    seconds[:, 2] *= excess
+    snapshots = [[replace(view, delayed_s=0.4 * view.busy_s) for view in ranks] for ranks in sampled(seconds, 6)]
+    _, finding = first_finding(snapshots)
+    assert (finding is not None and finding.ranks == (2,)) if named else finding is None
+
+
 def test_a_new_start_begins_anew() -> None:
     slow = work(4, 300, seed=2)
     slow[:, 1] *= 1.3

@@ -183,6 +183,8 @@ class Stragglers:
     did so in nearly every one of them: a pause in one window is not a slow machine.
 
     What a rank waits for a core counts as its work: a node whose cores others take is slow, too. The finding tells it.
+    Where all ranks wait for cores, who waits longer is the scheduler's whim: an excess below the usual share of that
+    wait is nobody's fault.
 
     Not seen here: a GPU that is slow while its process waits for it, which counts as waiting on every rank.
 
@@ -265,7 +267,8 @@ class Stragglers:
         middle = statistics.median(means.values())
         spread = 1.4826 * statistics.median(abs(mean - middle) for mean in means.values())
         chance = statistics.NormalDist().inv_cdf(1 - self.CHANCE / len(names)) * noise
-        limit = max(self.threshold, chance, self.SPREAD * spread if len(names) >= self.FEW else 0.0)
+        crowded = statistics.median(_delayed_share(past, rank) for rank in names)
+        limit = max(self.threshold, chance, crowded, self.SPREAD * spread if len(names) >= self.FEW else 0.0)
         slow = [
             rank
             for rank in names
@@ -292,6 +295,11 @@ class Stragglers:
 
 def _sampled_s(rank: RankView) -> float:
     return rank.busy_s + rank.waiting_s
+
+
+def _delayed_share(past: Sequence[_Window], rank: int) -> float:
+    """Of a rank's time at work, what it waited for a core."""
+    return sum(window.delayed_s[rank] for window in past) / max(sum(window.busy_s[rank] for window in past), 1e-9)
 
 
 def _excess_of_ranks(busy_s: Mapping[int, float]) -> dict[int, float]:
