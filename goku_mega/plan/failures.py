@@ -52,14 +52,14 @@ REPLACED = ("gpu", "host", "corruption")
 
 GPU_DETECTION = Figure("detection of a faulty GPU", 10.0, "s", "published", "ByteRobust table 3: arXiv 2509.16293")
 NODE_DETECTION = Figure(
-    "detection of a lost node", 1.36, "s", "measured",
+    "detection of a lost node", 1.41, "s", "measured",
     "recovery_cluster.json: power-off of one of 4 nodes, SLURM on 2 cores; an agent may be silent for 1 s",
 )  # fmt: skip
 EXIT_DETECTION = Figure(
-    "detection of an ended process", 0.074, "s", "measured", "recovery.json: SIGKILL of one of 2 ranks, 2 cores"
+    "detection of an ended process", 0.053, "s", "measured", "recovery.json: SIGKILL of one of 2 ranks, 2 cores"
 )
 PROCESSES = Figure(
-    "new processes", 1.46, "s", "measured",
+    "new processes", 1.13, "s", "measured",
     "recovery_cluster.json: from a power-off that is found to the first step with a spare, a tiny model on 3 ranks",
 )  # fmt: skip
 HANG_LIMIT = Figure(
