@@ -18,6 +18,9 @@ from goku_infra.errors import OpsError
 
 LIMIT_S = 20.0
 """For one command: slurmctld may be busy, or moving to its backup."""
+UNREACHED = "unable to contact slurm controller"
+"""What a command says that has not reached slurmctld: nothing has been done, so it may be said again."""
+RETRY_S = 0.5
 OUR_MARK = "goku: "
 """Begins the reason of every drain of ours. A drain with another reason is an operator's, and is left alone."""
 JOB_FIELDS = ("State", "Reason", "NodeList", "BatchHost", "EndTime", "RestartCnt", "Partition", "Account", "QOS")
@@ -239,10 +242,16 @@ def _run(program: str, *arguments: str, limit_s: float | None = None) -> str:
         raise OpsError(f"{program} is not installed here; run this on a node of the SLURM cluster")
     # Its own words in English, and times as Unix seconds, whatever the operator's settings are.
     command = ["env", "LC_ALL=C", "SLURM_TIME_FORMAT=%s", program, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise OpsError(f"{program} did not answer within {limit_s:.0f} s; is slurmctld up?") from None
+    end = time.monotonic() + limit_s
+    while True:
+        left_s = max(0.0, end - time.monotonic())
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left_s, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise OpsError(f"{program} did not answer within {limit_s:.0f} s; is slurmctld up?") from None
+        if not done.returncode or UNREACHED not in done.stderr.lower() or time.monotonic() + RETRY_S > end:
+            break
+        time.sleep(RETRY_S)
     if done.returncode:
         said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         kind = NotPermitted if any(word in said.lower() for word in DENIED) else OpsError

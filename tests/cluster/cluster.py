@@ -41,6 +41,11 @@ def available() -> str:
     return "" if probe.returncode == 0 else "this machine does not allow new namespaces"
 
 
+def card_of(address: str) -> str:
+    """The hardware address of the card with that IP address."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
+
+
 class Cluster:
     """A running cluster of nodes n1, n2, ... and a control node `ctl`; a context manager.
 
@@ -71,7 +76,10 @@ class Cluster:
         try:
             self._start_munge()
             self._power_on(CONTROL, "exec slurmctld -D")
-            self._switch("ip link add br0 type bridge forward_delay 0")
+            # Its own address: else it has the lowest of its ports' and another one when that node goes, and for half a
+            # minute the others ask for a machine that is not there.
+            card = card_of(self.addresses[CONTROL])
+            self._switch(f"ip link add br0 address {card} type bridge forward_delay 0")
             self._switch(f"ip addr add {self.addresses[CONTROL]}/24 dev br0 && ip link set br0 up")
             for node in self.nodes:
                 self._power_on(node, f"slurmd -D -N {node}")
@@ -147,7 +155,11 @@ class Cluster:
         self._freezer(node, frozen=False)
 
     def restore(self, timeout_s: float = 40) -> None:
-        """Whatever befell the cluster: no job, every node up, plugged in, thawed and idle, nothing left of jobs."""
+        """Whatever befell the cluster: no job, every node up, plugged in, thawed and idle, nothing left of jobs.
+
+        SLURM keeps the cores of a node that a job has lost for some seconds after it calls the node idle. So that the
+        next job gets the first nodes, one that needs all of them has run.
+        """
         self.exec(CONTROL, ["scancel", "--user=root"])
         for node in self.nodes:
             if node not in self._holders:
@@ -160,9 +172,17 @@ class Cluster:
             for node, state in states.items():
                 if state.startswith(("down", "drain")):
                     self.exec(CONTROL, ["scontrol", "update", f"nodename={node}", "state=resume"])
-            return set(states.values()) == {"idle"}
+            return set(states.values()) == {"idle"} and all(map(self._listens, self.nodes))
+
+        def at_work() -> bool:
+            with contextlib.suppress(RuntimeError):
+                self.exec(CONTROL, ["srun", f"--nodes={len(self.nodes)}", "--exclusive", "true"])
+                return True
+            return False
 
         self.wait_for(idle, timeout_s, "all nodes idle again")
+        self.wait_for(at_work, timeout_s, "a job on all nodes")
+        self.wait_for(idle, timeout_s, "all nodes idle after it")
         for node in self.nodes:
             self._clear(node)
 
@@ -281,7 +301,7 @@ class Cluster:
             self._boots += 1
             port, address = self._port(name), self.addresses[name]
             # The same address of the card after each boot, or the peers would ask the old one for seconds.
-            card = "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
+            card = card_of(address)
             init = self._init(name)
             self._switch(
                 f"ip link delete {port} 2>/dev/null; "

@@ -258,8 +258,8 @@ def test_who_may_drain_does_also_when_the_controller_dies_while_it_asks(cluster,
     with start(cluster, dataset, run_dir, nodes=1, spares=1, environment=environment) as job:
         job.wait_for_more_steps(3)
         (victim,) = nodes(job)
-        spare = {"n1": "n2", "n2": "n1"}[victim]
-        job.wait_for("node_joined", node=spare)
+        job.wait_for("node_joined", 2)
+        (spare,) = {event.data["node"] for event in job.events("node_joined")} - {victim}
         busy.touch()
         job.ops("drain", str(run_dir), victim, "its fan stands still")
         job.wait_for("incident_closed")

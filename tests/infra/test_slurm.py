@@ -102,6 +102,26 @@ def test_a_slurm_that_does_not_answer_or_is_not_there_is_one_line(says, monkeypa
         slurm.job("1")
 
 
+NOT_REACHED = "slurm_load_partitions: Unable to contact slurm controller (connect failure)"
+
+
+def test_a_controller_that_was_not_reached_is_asked_again_within_the_limit(says, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "RETRY_S", 0.01)
+    called = says("sinfo", stderr=NOT_REACHED, code=1)
+    script = (tmp_path / "sinfo").read_text()
+    third = f'if [ "$(wc -l < {called})" -ge 3 ]; then echo "idle|none"; exit 0; fi\n'
+    (tmp_path / "sinfo").write_text(script.replace("sleep 0\n", third))
+    assert slurm.node("n1") == slurm.Node("n1", "idle", "")
+    assert called.read_text().count("--nodes=n1") == 3
+    monkeypatch.setattr(slurm, "LIMIT_S", 3.0)
+    monkeypatch.setattr(slurm, "RETRY_S", 0.5)
+    called = says("sinfo", stderr=NOT_REACHED, code=1)
+    called.unlink()
+    with pytest.raises(OpsError, match="Unable to contact slurm controller"):
+        slurm.node("n1")
+    assert called.read_text().count("--nodes=n1") > 1
+
+
 def test_a_job_is_hastened_only_when_it_has_ended_and_its_credential_is_old(says, monkeypatch):
     order = []
     states = iter(["COMPLETING", "COMPLETING", "PENDING"])
