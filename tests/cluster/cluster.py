@@ -157,8 +157,7 @@ class Cluster:
     def restore(self, timeout_s: float = 40) -> None:
         """Whatever befell the cluster: no job, every node up, plugged in, thawed and idle, nothing left of jobs.
 
-        SLURM keeps the cores of a node that a job has lost for some seconds after it calls the node idle. So that the
-        next job gets the first nodes, one that needs all of them has run.
+        SLURM may keep the cores of an idle node for some seconds more: who needs certain nodes asks for them.
         """
         self.exec(CONTROL, ["scancel", "--user=root"])
         for node in self.nodes:
@@ -174,15 +173,7 @@ class Cluster:
                     self.exec(CONTROL, ["scontrol", "update", f"nodename={node}", "state=resume"])
             return set(states.values()) == {"idle"} and all(map(self._listens, self.nodes))
 
-        def at_work() -> bool:
-            with contextlib.suppress(RuntimeError):
-                self.exec(CONTROL, ["srun", f"--nodes={len(self.nodes)}", "--exclusive", "true"])
-                return True
-            return False
-
         self.wait_for(idle, timeout_s, "all nodes idle again")
-        self.wait_for(at_work, timeout_s, "a job on all nodes")
-        self.wait_for(idle, timeout_s, "all nodes idle after it")
         for node in self.nodes:
             self._clear(node)
 

@@ -179,15 +179,16 @@ def test_a_run_with_too_few_nodes_or_too_little_time_goes_back_into_the_queue(
     run_dir = tmp_path / "run"
     with start(cluster, dataset, run_dir, nodes=3) as job:
         job.wait_for_more_steps(EVERY + 5)
-        cluster.power_off("n3")
+        victim = nodes(job)[-1]
+        cluster.power_off(victim)
         job.wait_for("finished", status="requeued")
         job.wait_for("first_step", 2)
-        assert nodes(job) == ["n1", "n2", "n4"]
+        assert nodes(job) == [node for node in cluster.nodes if node != victim]
         (incident,) = incidents(job.events())
-        assert incident.node == "n3" and incident.ranks == (2,)
-        assert cluster.states()["n3"].startswith("down")
-        assert "goku: " in cluster.exec(CONTROL, ["sinfo", "--noheader", "--nodes=n3", "--format=%E"])
-        cluster.boot("n3")
+        assert incident.node == victim and incident.ranks == (2,)
+        assert cluster.states()[victim].startswith("down")
+        assert "goku: " in cluster.exec(CONTROL, ["sinfo", "--noheader", f"--nodes={victim}", "--format=%E"])
+        cluster.boot(victim)
         job.wait_for_more_steps(5)
 
         # The time is nearly up: saved, and gone on where it was.
@@ -198,8 +199,8 @@ def test_a_run_with_too_few_nodes_or_too_little_time_goes_back_into_the_queue(
         job.wait_for_more_steps(5)
 
         # Another job on the same folder is refused in one line, and disturbs nothing.
-        cluster.exec(CONTROL, ["scontrol", "update", "nodename=n3", "state=resume"])
-        cluster.wait_for(lambda: cluster.states()["n3"] == "idle", 30, "n3 idle")
+        cluster.exec(CONTROL, ["scontrol", "update", f"nodename={victim}", "state=resume"])
+        cluster.wait_for(lambda: cluster.states()[victim] == "idle", 30, f"{victim} idle")
         with start(cluster, dataset, run_dir, nodes=1) as second:
             assert second.finish("FAILED")["ExitCode"] == "2:0"
             errors = [line for line in second.log.read_text().splitlines() if line.startswith("goku-ops: error")]
@@ -283,7 +284,8 @@ def test_nodes_are_checked_together_and_the_odd_one_stays_out(cluster, dataset, 
     edited, original = tmp_path / "edited.py", ROOT / "goku_mega/seeding.py"
     edited.write_text(original.read_text() + "\n# tried out\n")
     cluster.exec("n2", ["mount", "--bind", str(edited), str(original)])
-    with start(cluster, dataset, run_dir, nodes=2, spares=1, environment={"GOKU_CHECK": "full"}) as job:
+    asked = {"environment": {"GOKU_CHECK": "full"}, "options": ["--nodelist=n[1-3]"]}
+    with start(cluster, dataset, run_dir, nodes=2, spares=1, **asked) as job:
         job.wait_for_more_steps(3)
         assert nodes(job) == ["n1", "n3"]
         excluded = job.wait_for("node_excluded", node="n2")

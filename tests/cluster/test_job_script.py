@@ -79,7 +79,7 @@ def test_the_scripts_of_the_sizes_differ_in_nodes_and_recipe(cluster, folder, sb
     header = next(line for line in (folder / script).read_text().splitlines() if "--nodes=" in line)
     assert int(header.partition("=")[2]) == {"1b": 5, "2b": 9, "8b": 17}[size]
     assert (ROOT / f"launch/recipes/goku_{size}.yaml").exists()
-    job_id = sbatch("--nodes=3", script, "steps=3")
+    job_id = sbatch("--nodes=3", "--nodelist=n[1-3]", script, "steps=3")
     train = f"goku-mega train --config launch/recipes/goku_{size}.yaml steps=3"
     agent = f"agent --run-dir my run --nodes 2 --min-nodes 2 --ranks-per-node 8 --check quick -- {train}"
     cluster.wait_for(lambda: calls(folder) == [f"n{number} {agent}" for number in (1, 2, 3)], 15, "three agents")
@@ -88,7 +88,7 @@ def test_the_scripts_of_the_sizes_differ_in_nodes_and_recipe(cluster, folder, sb
 
 
 def test_before_its_time_is_up_the_job_saves_and_asks_for_a_requeue(cluster, folder, sbatch):
-    job_id = sbatch("--nodes=2", "launch/sbatch/train.sbatch", "goku-mega", "train")
+    job_id = sbatch("--nodes=2", "--nodelist=n[1-2]", "launch/sbatch/train.sbatch", "goku-mega", "train")
     cluster.wait_for(lambda: len(calls(folder)) == 2, 15, "two agents")
     cluster.exec(CONTROL, ["scancel", "--signal=USR1", "--batch", job_id])
     cluster.wait_for(lambda: state(cluster, job_id) == "COMPLETED 0:0", 10, "the end of the job")
@@ -96,7 +96,7 @@ def test_before_its_time_is_up_the_job_saves_and_asks_for_a_requeue(cluster, fol
 
 
 def test_a_lost_node_neither_ends_the_job_nor_counts_in_its_exit_code(cluster, folder, sbatch):
-    job_id = sbatch("--nodes=3", "launch/sbatch/train.sbatch", "goku-mega", "train")
+    job_id = sbatch("--nodes=3", "--nodelist=n[1-3]", "launch/sbatch/train.sbatch", "goku-mega", "train")
     cluster.wait_for(lambda: len(calls(folder)) == 3, 15, "three agents")
     cluster.power_off("n3")
     cluster.exec("n2", ["scontrol", "update", "nodename=n3", "state=down", "reason=goku: gone"])

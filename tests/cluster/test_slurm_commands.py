@@ -45,7 +45,7 @@ def wait_for_state(cluster: Cluster, job_id: str, state: str, timeout_s: float =
 
 
 def test_a_job_is_submitted_with_its_words_seen_with_its_nodes_and_limit_and_cancelled(cluster, submit, tmp_path):
-    job_id = submit('echo "$1"; sleep 100', "--nodes=3", "--time=30")
+    job_id = submit('echo "$1"; sleep 100', "--nodelist=n[1-3]", "--time=30")
     job = wait_for_state(cluster, job_id, "RUNNING")
     assert (job.job_id, job.reason, job.nodes, job.batch_host) == (job_id, "None", ("n1", "n2", "n3"), "n1")
     assert (job.restarts, job.partition, job.account) == (0, "main", "")
@@ -103,7 +103,7 @@ def test_a_drain_names_its_reason_and_only_ours_is_undone(cluster):
 
 
 def test_a_node_marked_down_leaves_a_job_that_goes_on_without_it_and_comes_back(cluster, submit):
-    job_id = submit("sleep 100", "--nodes=3", "--no-kill")
+    job_id = submit("sleep 100", "--nodelist=n[1-3]", "--no-kill")
     wait_for_state(cluster, job_id, "RUNNING")
     cluster.power_off("n3")
     begin = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_node_marked_down_leaves_a_job_that_goes_on_without_it_and_comes_back(
 def test_the_other_nodes_of_a_job_outlive_its_batch_host_but_nothing_ends_it(cluster, submit, tmp_path):
     (tmp_path / "work.sh").write_text("for i in {1..40}; do echo $i; sleep 0.1; done")
     step = f"srun --no-kill --kill-on-bad-exit=0 --output={tmp_path}/%N bash {tmp_path}/work.sh"
-    job_id = submit(step, "--nodes=3", "--no-kill")
+    job_id = submit(step, "--nodelist=n[1-3]", "--no-kill")
     cluster.wait_for(lambda: all(_text(tmp_path / node) for node in ("n1", "n2", "n3")), 10, "work on all nodes")
     cluster.power_off("n1")
     ask(cluster, "mark_down('n1', 'gone')", node="n2")
