@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import run_command, start_command
 
-from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
+from benchmarks.recovery import write_dataset
 from launch import RankFailed
 
 pytestmark = pytest.mark.slow
@@ -26,19 +26,7 @@ OPTIMIZER = ("optimizer.name=muon", "optimizer.learning_rate=3e-3", "optimizer.w
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(1)
-    samples = [
-        EncodedSample(
-            f"sample-{number:03d}",
-            rng.standard_normal((16, 1 + 2 * (number % 2), 8, 8)).astype(np.float32),
-            rng.standard_normal((2 + number % 3, 64)).astype(np.float32),
-            {"caption": ""},
-        )
-        for number in range(40)
-    ]
-    write_index(folder / "index.parquet", write_shard(folder / "shards" / "00000.tar", samples))
-    np.save(folder / NULL_TEXT, rng.standard_normal((1, 64)).astype(np.float32))
-    (folder / "dataset.json").write_text('{"latent_channels": 16, "text_width": 64, "text": "none", "vae": "none"}')
+    write_dataset(folder)
     return folder
 
 
