@@ -39,7 +39,7 @@ from benchmarks.memory import Case, a_step
 from goku_mega.checkpoint.load import load_into
 from goku_mega.checkpoint.save import Saver, save_checkpoint
 from goku_mega.checkpoint.state import State, stored_shards
-from goku_mega.config import DataConfig, FlowRun
+from goku_mega.config.training import DataConfig, FlowRun
 from goku_mega.model.sizes import SIZES
 from goku_mega.parallel.groups import initialise_distributed, single_process_groups
 from goku_mega.parallel.parallelize import build_model

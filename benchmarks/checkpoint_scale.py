@@ -53,7 +53,7 @@ from goku_mega.checkpoint.save_plan import Box, plan_rank
 from goku_mega.checkpoint.state import STORED_UNDER
 from goku_mega.checkpoint.storage import open_folder
 from goku_mega.checkpoint.torch_metadata import torch_metadata
-from goku_mega.config import ComputeConfig
+from goku_mega.config.training import ComputeConfig
 from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.model.specs import make_engine
 from goku_mega.model.transformer import GokuTransformer, megatron_config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks._measure import arguments, device_name, report
-from goku_mega.config import DataConfig, FlowConfig, FlowRun, RecomputeConfig
+from goku_mega.config.training import DataConfig, FlowConfig, FlowRun, RecomputeConfig
 from goku_mega.data.loader import StepBatch
 from goku_mega.data.packing import pack_training
 from goku_mega.data.shards import Sample

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks._measure import device_name, report
-from goku_mega.config import DataConfig, FlowRun, RecomputeConfig
+from goku_mega.config.training import DataConfig, FlowRun, RecomputeConfig
 from goku_mega.model.sizes import model_shape
 from goku_mega.plan.activations import Pack
 from goku_mega.plan.memory import Job, rank_memory
@@ -134,7 +134,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def a_step(step: int, case: Case, shape: Any, stored: torch.dtype) -> Any:
     """One pack of noise, as the loader gives it."""
-    from goku_mega.config import FlowConfig
+    from goku_mega.config.training import FlowConfig
     from goku_mega.data.loader import StepBatch
     from goku_mega.data.packing import pack_training
     from goku_mega.data.shards import Sample

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks._measure import alternate, arguments, device_name, ratio, report
 from benchmarks.packing import Stack
-from goku_mega.config import ComputeConfig
+from goku_mega.config.training import ComputeConfig
 from goku_mega.data.packing import pack_prompts, token_positions
 from goku_mega.model.rope import rotary_from_positions
 from goku_mega.model.sizes import ModelShape

@@ -16,7 +16,6 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from goku_mega import config as configs
 from goku_mega import environment
 from goku_mega.errors import ConfigError, RunFault, UserError
 
@@ -26,60 +25,78 @@ class Command(NamedTuple):
 
     about: str
     config: str
+    """Room in `goku_mega.config` and class."""
     function: str
+    """Module and function."""
+
+    def config_class(self) -> type:
+        room, _, name = self.config.partition(":")
+        return getattr(importlib.import_module(f"goku_mega.config.{room}"), name)
 
 
 COMMANDS = {
     "corpus shapes": Command(
-        "write a captioned corpus of moving shapes", "CorpusConfig", "goku_mega.data.shapes:write_corpus"
+        "write a captioned corpus of moving shapes", "data:CorpusConfig", "goku_mega.data.shapes:write_corpus"
     ),
-    "encode": Command("corpus -> latents and text in shards", "EncodeConfig", "goku_mega.data.encode:encode"),
-    "train": Command("train the transformer (with `task: vae`, the codec)", "FlowRun", "goku_mega.train.loop:train"),
-    "sample": Command("prompt -> image or video file", "SampleConfig", "goku_mega.sample.sampler:sample"),
+    "encode": Command("corpus -> latents and text in shards", "data:EncodeConfig", "goku_mega.data.encode:encode"),
+    "train": Command(
+        "train the transformer (with `task: vae`, the codec)", "training:FlowRun", "goku_mega.train.loop:train"
+    ),
+    "sample": Command("prompt -> image or video file", "sampling:SampleConfig", "goku_mega.sample.sampler:sample"),
     "evaluate shapes": Command(
         "sample prompts and score them with the exact detector",
-        "EvaluateConfig",
+        "sampling:EvaluateConfig",
         "goku_mega.evaluate.shapes:evaluate_shapes",
     ),
     "checkpoint list": Command(
-        "list the checkpoints of a run", "CheckpointFolder", "goku_mega.checkpoint.tools:list_checkpoints"
+        "list the checkpoints of a run", "checkpoints:CheckpointFolder", "goku_mega.checkpoint.tools:list_checkpoints"
     ),
     "checkpoint verify": Command(
-        "read every file of a run's checkpoints", "CheckpointFolder", "goku_mega.checkpoint.tools:verify"
+        "read every file of a run's checkpoints", "checkpoints:CheckpointFolder", "goku_mega.checkpoint.tools:verify"
     ),
     "checkpoint inspect": Command(
-        "what a checkpoint holds, and of which run", "InspectConfig", "goku_mega.checkpoint.tools:inspect"
+        "what a checkpoint holds, and of which run", "checkpoints:InspectConfig", "goku_mega.checkpoint.tools:inspect"
     ),
-    "checkpoint diff": Command("where two checkpoints differ", "DiffConfig", "goku_mega.checkpoint.diff:diff"),
+    "checkpoint diff": Command(
+        "where two checkpoints differ", "checkpoints:DiffConfig", "goku_mega.checkpoint.diff:diff"
+    ),
     "checkpoint reshard": Command(
-        "a checkpoint in other files or another dtype", "ReshardConfig", "goku_mega.checkpoint.rewrite:reshard"
+        "a checkpoint in other files or another dtype",
+        "checkpoints:ReshardConfig",
+        "goku_mega.checkpoint.rewrite:reshard",
     ),
     "checkpoint export": Command(
-        "weights -> safetensors or diffusers' folders", "ExportConfig", "goku_mega.interchange.export:export"
+        "weights -> safetensors or diffusers' folders",
+        "checkpoints:ExportConfig",
+        "goku_mega.interchange.export:export",
     ),
     "checkpoint import": Command(
         "safetensors or diffusers' folders -> checkpoint",
-        "ImportConfig",
+        "checkpoints:ImportConfig",
         "goku_mega.interchange.importing:import_weights",
     ),
     "checkpoint prune": Command(
-        "delete checkpoints that are no longer wanted", "PruneConfig", "goku_mega.checkpoint.tools:prune"
+        "delete checkpoints that are no longer wanted", "checkpoints:PruneConfig", "goku_mega.checkpoint.tools:prune"
     ),
-    "plan": Command("which layouts fit some GPUs, and how fast they are", "PlanConfig", "goku_mega.plan.fit:plan"),
-    "doctor": Command("show what this machine has of what goku_mega can use", "NoConfig", "goku_mega.doctor:doctor"),
+    "plan": Command(
+        "which layouts fit some GPUs, and how fast they are", "planning:PlanConfig", "goku_mega.plan.fit:plan"
+    ),
+    "doctor": Command(
+        "show what this machine has of what goku_mega can use", "nothing:NoConfig", "goku_mega.doctor:doctor"
+    ),
 }
 TASKS = {
     "flow": COMMANDS["train"],
-    "vae": Command("train a small codec on a corpus", "VaeRun", "goku_mega.train.vae:train_vae"),
+    "vae": Command("train a small codec on a corpus", "training:VaeRun", "goku_mega.train.vae:train_vae"),
 }
 POSITIONAL = {
-    "CheckpointFolder": ("path",),
-    "InspectConfig": ("path",),
-    "PruneConfig": ("path",),
-    "DiffConfig": ("first", "second"),
-    "ReshardConfig": ("checkpoint", "output"),
-    "ExportConfig": ("checkpoint", "output"),
-    "ImportConfig": ("source", "output"),
+    "checkpoints:CheckpointFolder": ("path",),
+    "checkpoints:InspectConfig": ("path",),
+    "checkpoints:PruneConfig": ("path",),
+    "checkpoints:DiffConfig": ("first", "second"),
+    "checkpoints:ReshardConfig": ("checkpoint", "output"),
+    "checkpoints:ExportConfig": ("checkpoint", "output"),
+    "checkpoints:ImportConfig": ("source", "output"),
 }
 """Settings that may be given without their names, in this order."""
 SWITCHES = ("--help", "--print-config", "--json")
@@ -139,7 +156,7 @@ def _run(words: list[str]) -> int:
         command = _task(options)
     from goku_mega.config_load import load, to_yaml
 
-    config = load(getattr(configs, command.config), file=options.file, overrides=options.overrides)
+    config: Any = load(command.config_class(), file=options.file, overrides=options.overrides)
     if "--print-config" in options.switches:
         if environment.rank() == 0:
             print(to_yaml(config), end="")
@@ -196,7 +213,7 @@ def _read(words: list[str], command: Command) -> Arguments:
     """Flags and `name=value` words; a flag of a yes-or-no setting needs no value."""
     from goku_mega.config_load import settings
 
-    yes_or_no = {setting.name for setting in settings(getattr(configs, command.config)) if setting.kind is bool}
+    yes_or_no = {setting.name for setting in settings(command.config_class()) if setting.kind is bool}
     file, overrides, switches = None, [], set()
     unnamed = iter(POSITIONAL.get(command.config, ()))
     rest = iter(words)
@@ -243,7 +260,7 @@ def _overview(commands: dict[str, Command]) -> str:
 def _help(name: str, command: Command) -> str:
     unnamed = "".join(f"{setting.upper()} " for setting in POSITIONAL.get(command.config, ()))
     usage = f"usage: goku-mega {name} {unnamed}[--config FILE.yaml] [name=value ...]"
-    blocks = [f"{usage}\n  {command.about}", f"settings ({command.config}):\n{_settings(command)}"]
+    blocks = [f"{usage}\n  {command.about}", f"settings ({command.config_class().__name__}):\n{_settings(command)}"]
     if name == "train":
         blocks.append(f"settings with `task: vae` (VaeRun):\n{_settings(TASKS['vae'])}")
     blocks.append("  --config FILE   a YAML recipe; settings given beside it win\n"
@@ -253,11 +270,11 @@ def _help(name: str, command: Command) -> str:
 
 
 def _settings(command: Command) -> str:
-    """One line a setting: name, type, default, and the text under the field in config.py."""
+    """One line a setting: name, type, default, and the text under the field in goku_mega/config."""
     from goku_mega.config_load import settings, type_words
 
     rows = []
-    for setting in settings(getattr(configs, command.config)):
+    for setting in settings(command.config_class()):
         default = "required" if setting.default is MISSING else f"default {setting.default!r}"
         rows.append((setting.name, f"{type_words(setting.kind)}; {default}", setting.text))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What stands under the field in `config.py`; only help needs it, for reading the source takes a while."""
+        """What stands under the field in `config`; only help needs it, for reading the source takes a while."""
         return _field_texts(self.section).get(self.name.rpartition(".")[2], "")
 
 

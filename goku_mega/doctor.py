@@ -13,7 +13,7 @@ import warnings
 from importlib import metadata, util
 from typing import Any, NamedTuple
 
-from goku_mega.config import NoConfig
+from goku_mega.config.nothing import NoConfig
 
 PACKAGES = ("torch", "megatron-core", "transformers", "diffusers", "av", "pyarrow")
 

@@ -2,8 +2,16 @@
 
 import pytest
 
-from goku_mega import config
-from goku_mega.config import CorpusConfig, EvaluateConfig, FlowRun, SampleConfig, VaeRun
+from goku_mega.config.data import CorpusConfig
+from goku_mega.config.sampling import EvaluateConfig, SampleConfig
+from goku_mega.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    FlowRun,
+    LayoutConfig,
+    OptimizerConfig,
+    VaeRun,
+)
 from goku_mega.config_load import load, read_yaml, settings, to_yaml
 from goku_mega.errors import ConfigError
 
@@ -42,8 +50,8 @@ def refused(kind, *, file=None, overrides=()) -> str:
 def test_a_recipe_fills_the_sections_and_leaves_the_rest_at_its_defaults(recipe):
     run = load(FlowRun, file=recipe())
     assert (run.steps, run.layout.tp, run.optimizer.learning_rate) == (10, 2, 1e-3)
-    assert run.data == config.DataConfig(path="out/run/data")
-    assert run.checkpoint == config.CheckpointConfig()
+    assert run.data == DataConfig(path="out/run/data")
+    assert run.checkpoint == CheckpointConfig()
 
 
 def test_overrides_win_over_the_recipe_and_the_last_one_wins(recipe):
@@ -146,11 +154,11 @@ def test_a_file_that_cannot_be_read_as_a_recipe_is_named(tmp_path, make):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: config.LayoutConfig(tp=0), "layout.tp is 0"),
-        (lambda: config.LayoutConfig(dp_shard=0), "layout.dp_shard is 0"),
-        (lambda: config.DataConfig(path="x", caption_dropout=1.0), "data.caption_dropout is 1.0"),
-        (lambda: config.OptimizerConfig(ema_decay=1.0), "optimizer.ema_decay is 1.0"),
-        (lambda: config.CheckpointConfig(keep=0), "checkpoint.keep is 0"),
+        (lambda: LayoutConfig(tp=0), "layout.tp is 0"),
+        (lambda: LayoutConfig(dp_shard=0), "layout.dp_shard is 0"),
+        (lambda: DataConfig(path="x", caption_dropout=1.0), "data.caption_dropout is 1.0"),
+        (lambda: OptimizerConfig(ema_decay=1.0), "optimizer.ema_decay is 1.0"),
+        (lambda: CheckpointConfig(keep=0), "checkpoint.keep is 0"),
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", frames=8), "frames is 8"),
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", width=72), "width is 72"),
         (lambda: VaeRun(corpus="c", output="o", steps=1, block_channels=(8, 8)), r"block_channels is \[8, 8\]"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from goku_mega.config import NoConfig
+from goku_mega.config.nothing import NoConfig
 from goku_mega.doctor import OPTIONAL, Part, describe, doctor
 
 

@@ -10,7 +10,7 @@ from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.load import Stored, load_named
 from goku_mega.checkpoint.progress import byte_progress
 from goku_mega.checkpoint.tools import flat
-from goku_mega.config import DiffConfig
+from goku_mega.config.checkpoints import DiffConfig
 
 PIECE = 2**22
 """Numbers that are compared at a time, in double precision."""

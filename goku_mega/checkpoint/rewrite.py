@@ -32,7 +32,7 @@ from goku_mega.checkpoint.save import written_by
 from goku_mega.checkpoint.save_plan import Box, SavePlan, plan_rank
 from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.checkpoint.torch_file import torch_head
-from goku_mega.config import ReshardConfig
+from goku_mega.config.checkpoints import ReshardConfig
 from goku_mega.errors import CheckpointError
 from goku_mega.parallel.shards import Copies
 

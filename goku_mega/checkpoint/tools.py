@@ -31,7 +31,7 @@ from goku_mega.checkpoint.manifest import (
 from goku_mega.checkpoint.progress import byte_progress
 from goku_mega.checkpoint.retention import Kept, Retention, kept_as, retired
 from goku_mega.checkpoint.storage import Folder, open_folder
-from goku_mega.config import CheckpointFolder, InspectConfig, PruneConfig
+from goku_mega.config.checkpoints import CheckpointFolder, InspectConfig, PruneConfig
 from goku_mega.errors import CheckpointError
 
 AT_ONCE = 16

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from goku_mega.config import EncodeConfig
+from goku_mega.config.data import EncodeConfig
 from goku_mega.data.captions import Row, corpus_key, read_captions
 from goku_mega.data.shards import (
     DATASET,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from goku_mega.config import FlowRun
+from goku_mega.config.training import FlowRun
 from goku_mega.data.packing import TrainingBatch, pack_training
 from goku_mega.data.planner import Planner, data_step
 from goku_mega.data.shards import Index, ShardReader

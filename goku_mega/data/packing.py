@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from goku_mega.config import FlowConfig
+from goku_mega.config.training import FlowConfig
 from goku_mega.data.shards import Sample
 from goku_mega.flow.path import interpolate, velocity
 from goku_mega.flow.timesteps import draw_time

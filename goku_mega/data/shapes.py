@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from goku_mega.config import CorpusConfig
+from goku_mega.config.data import CorpusConfig
 from goku_mega.data.shape_drawing import distance, draw_ground, extent
 from goku_mega.data.workers import end_with_parent
 from goku_mega.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from goku_mega.config import EvaluateConfig
+from goku_mega.config.sampling import EvaluateConfig
 from goku_mega.data.shape_detector import detect, score
 from goku_mega.data.shapes import COLORS, MOTIONS, SHAPES, Scene
 from goku_mega.encoders.vae import latent_shape

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from goku_mega.config import FlowConfig
+from goku_mega.config.training import FlowConfig
 
 
 def draw_time(flow: FlowConfig, *, seed: int, tokens: int) -> float:

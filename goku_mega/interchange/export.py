@@ -23,7 +23,7 @@ from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.load import Stored, load_named
 from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import LocalFolder
-from goku_mega.config import ExportConfig
+from goku_mega.config.checkpoints import ExportConfig
 from goku_mega.encoders.hub import is_out_of_reach
 from goku_mega.encoders.vae import TINY, content_key
 from goku_mega.errors import CheckpointError

@@ -15,7 +15,8 @@ from goku_mega.checkpoint.index import StoredTensor
 from goku_mega.checkpoint.rewrite import check_no_checkpoints, info_of_new, write_checkpoint
 from goku_mega.checkpoint.state import stored_under
 from goku_mega.checkpoint.storage import open_folder
-from goku_mega.config import ComputeConfig, FlowConfig, ImportConfig
+from goku_mega.config.checkpoints import ImportConfig
+from goku_mega.config.training import ComputeConfig, FlowConfig
 from goku_mega.encoders.vae import content_key
 from goku_mega.errors import CheckpointError
 from goku_mega.interchange.weights_files import WeightsFiles

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from goku_mega.config import AttentionBackend
+from goku_mega.config.training import AttentionBackend
 from goku_mega.model.packed import RingSegments, Segments
 
 

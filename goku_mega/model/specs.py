@@ -31,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from goku_mega.config import AttentionBackend, ComputeConfig
+from goku_mega.config.training import AttentionBackend, ComputeConfig
 from goku_mega.errors import ConfigError, LayoutError, MissingExtra
 from goku_mega.kernels import fp8
 from goku_mega.model.attention import GokuCrossAttention, GokuSelfAttention

@@ -7,7 +7,7 @@ stages, so that the chattiest groups sit on neighbouring GPUs.
 import math
 from dataclasses import dataclass
 
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from goku_mega.errors import LayoutError
 from goku_mega.model.sizes import ModelShape
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from goku_mega.config import ComputeConfig, RecomputeConfig
+from goku_mega.config.training import ComputeConfig, RecomputeConfig
 from goku_mega.kernels.fused import fused_available
 from goku_mega.model.attention import InnerRMSNorm
 from goku_mega.model.sizes import ModelShape

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from goku_mega.config import FlowRun, LayoutConfig, PlanConfig, RecomputeConfig
+from goku_mega.config.planning import PlanConfig
+from goku_mega.config.training import FlowRun, LayoutConfig, RecomputeConfig
 from goku_mega.errors import ConfigError, LayoutError
 from goku_mega.model.sizes import ModelShape, model_shape
 from goku_mega.parallel.layout import Layout, divisors, resolve

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from goku_mega.config import FaultsConfig, PlanConfig
+from goku_mega.config.planning import FaultsConfig, PlanConfig
 from goku_mega.model.sizes import model_shape
 from goku_mega.plan import failures as figures
 from goku_mega.plan.devices import gpu_named

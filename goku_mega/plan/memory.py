@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from math import ceil
 from typing import Literal, NamedTuple
 
-from goku_mega.config import RecomputeConfig
+from goku_mega.config.training import RecomputeConfig
 from goku_mega.model.sizes import ModelShape
 from goku_mega.parallel.layout import Layout
 from goku_mega.plan.activations import Numerics, Pack, block_bytes, outside_bytes, passing_bytes

@@ -6,7 +6,7 @@ and its seconds are an estimate.
 
 from dataclasses import dataclass, fields
 
-from goku_mega.config import RecomputeConfig
+from goku_mega.config.training import RecomputeConfig
 from goku_mega.model.sizes import ModelShape
 from goku_mega.parallel.layout import Layout
 from goku_mega.plan.activations import Numerics, block_bytes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from goku_mega.checkpoint.load import Stored, fill, load_named
 from goku_mega.checkpoint.storage import Folder, open_folder
-from goku_mega.config import SampleConfig
+from goku_mega.config.sampling import SampleConfig
 from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
 from goku_mega.encoders.text import TextEncoder, load_text_encoder

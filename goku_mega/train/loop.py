@@ -25,7 +25,7 @@ from goku_mega import environment
 from goku_mega.checkpoint.load import Stored, fill, load_newest
 from goku_mega.checkpoint.save import Saver
 from goku_mega.checkpoint.state import State
-from goku_mega.config import FlowRun, Precision
+from goku_mega.config.training import FlowRun, Precision
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.planner import data_step, same_history

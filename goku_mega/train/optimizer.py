@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from goku_mega.config import OptimizerConfig
+from goku_mega.config.training import OptimizerConfig
 from goku_mega.parallel.groups import Groups
 from goku_mega.parallel.parallelize import ParallelModel
 from goku_mega.parallel.shards import Shard

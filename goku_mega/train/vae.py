@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from goku_mega.config import VaeRun
+from goku_mega.config.training import VaeRun
 from goku_mega.errors import DataError
 from goku_mega.media.decode import decode_media
 from goku_mega.seeding import derive_seed

@@ -16,7 +16,7 @@ from goku_mega.checkpoint import tools
 from goku_mega.checkpoint.load import fill, load_info, load_into, load_newest
 from goku_mega.checkpoint.manifest import FileRecord, manifest_bytes, record_bytes
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.config import CheckpointFolder
+from goku_mega.config.checkpoints import CheckpointFolder
 from goku_mega.errors import CheckpointError
 from launch import run_ranks
 

@@ -18,7 +18,7 @@ from goku_mega.checkpoint.rewrite import reshard
 from goku_mega.checkpoint.save import save_checkpoint
 from goku_mega.checkpoint.storage import LocalFolder
 from goku_mega.checkpoint.tools import inspect, list_checkpoints, prune, verify
-from goku_mega.config import CheckpointFolder, DiffConfig, InspectConfig, PruneConfig, ReshardConfig
+from goku_mega.config.checkpoints import CheckpointFolder, DiffConfig, InspectConfig, PruneConfig, ReshardConfig
 from goku_mega.errors import CheckpointError, ConfigError
 from goku_mega.parallel.shards import Shard
 

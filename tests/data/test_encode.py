@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from goku_mega.config import CorpusConfig, EncodeConfig
+from goku_mega.config.data import CorpusConfig, EncodeConfig
 from goku_mega.data.captions import read_captions
 from goku_mega.data.encode import encode, fit_to_strides
 from goku_mega.data.shapes import write_corpus

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_mega.config import AuditConfig, DataConfig, FlowRun
+from goku_mega.config.training import AuditConfig, DataConfig, FlowRun
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, EncodedSample, load_index, write_index, write_shard

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from goku_mega.config import FlowConfig
+from goku_mega.config.training import FlowConfig
 from goku_mega.data.packing import pack_prompts, pack_training, patchify, token_positions, unpatchify
 from goku_mega.data.shards import Sample
 from goku_mega.model.packed import Segments

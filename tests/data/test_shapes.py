@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goku_mega.config import CorpusConfig
+from goku_mega.config.data import CorpusConfig
 from goku_mega.data.shapes import (
     COLORS,
     MOTIONS,

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from goku_mega.config import DataConfig, FlowRun, LayoutConfig, OptimizerConfig, RecomputeConfig
+from goku_mega.config.training import DataConfig, FlowRun, LayoutConfig, OptimizerConfig, RecomputeConfig
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, write_index, write_shard
 from goku_mega.model.sizes import ModelShape
 from launch import run_ranks

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from parity import write_dataset
 
-from goku_mega.config import DataConfig, FlowRun, LayoutConfig, OptimizerConfig
+from goku_mega.config.training import DataConfig, FlowRun, LayoutConfig, OptimizerConfig
 from launch import run_ranks
 
 pytestmark = pytest.mark.slow

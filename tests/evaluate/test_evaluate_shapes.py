@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from goku_mega.config import EvaluateConfig
+from goku_mega.config.sampling import EvaluateConfig
 from goku_mega.data.shapes import Scene, ShapeObject, plain_caption, prompts, render_clip
 from goku_mega.errors import CheckpointError, ConfigError, DataError, MediaError, UserError
 from goku_mega.evaluate.harness import Judged, format_table, rates, spread

@@ -7,7 +7,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from goku_mega.config import FlowConfig
+from goku_mega.config.training import FlowConfig
 from goku_mega.flow.timesteps import draw_time, shift_for, shift_time, time_grid
 from goku_mega.seeding import derive_seed
 

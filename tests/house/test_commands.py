@@ -1,6 +1,7 @@
 """What is written about the commands is true, and asking for help costs no torch."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from goku_infra import cli as ops
-from goku_mega import cli, config
+from goku_mega import cli
 from goku_mega.config_load import settings
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,8 @@ def test_every_command_written_down_exists_with_its_settings():
             continue
         name, rest = cli._split_command(words)
         options = cli._read(rest, cli.COMMANDS[name])
-        kinds = [task.config for task in cli.TASKS.values()] if name == "train" else [cli.COMMANDS[name].config]
-        known = {setting.name for kind in kinds for setting in settings(getattr(config, kind))}
+        commands = list(cli.TASKS.values()) if name == "train" else [cli.COMMANDS[name]]
+        known = {setting.name for command in commands for setting in settings(command.config_class())}
         assert {given for given, _ in options.overrides} <= known, f"{document}: {words}"
         if options.file is not None and "$" not in str(options.file):
             assert (ROOT / options.file).is_file(), f"{document}: {options.file}"
@@ -85,10 +86,11 @@ def test_every_setting_is_read_somewhere():
     for path in (ROOT / "goku_mega").rglob("*.py"):
         if path.name != "config_load.py":
             tree = ast.parse(path.read_text())
-            if path.name == "config.py":  # its checks read settings only to refuse them
+            if path.parent.name == "config":  # its checks read settings only to refuse them
                 tree = ast.Module([node for node in ast.walk(tree) if is_answer(node)], [])
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and is_dataclass(kind)]
+    rooms = [importlib.import_module(f"goku_mega.config.{path.stem}") for path in ROOT.glob("goku_mega/config/*.py")]
+    kinds = {kind for room in rooms for kind in vars(room).values() if isinstance(kind, type) and is_dataclass(kind)}
     unread = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind) if field.name not in read}
     # `task` chooses the configuration class before there is a configuration.
     assert unread - {"FlowRun.task", "VaeRun.task"} == set()
@@ -99,6 +101,6 @@ def is_answer(node: ast.AST) -> bool:
 
 
 def test_every_setting_without_an_evident_name_is_explained():
-    for kind in ("FlowRun", "VaeRun", "CorpusConfig", "EncodeConfig", "SampleConfig", "EvaluateConfig"):
-        explained = [setting for setting in settings(getattr(config, kind)) if setting.text]
-        assert len(explained) >= 3, kind
+    for name in ("train", "corpus shapes", "encode", "sample", "evaluate shapes"):
+        explained = [setting for setting in settings(cli.COMMANDS[name].config_class()) if setting.text]
+        assert len(explained) >= 3, name

@@ -17,10 +17,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def expanded(recipe: Path) -> str:
     """The recipe with every setting filled in, as `goku-mega train --config RECIPE --print-config` shows it."""
-    from goku_mega import config
+    from goku_mega.config.training import FlowRun, VaeRun
     from goku_mega.config_load import load, read_yaml, to_yaml
 
-    kinds = {"flow": config.FlowRun, "vae": config.VaeRun}
+    kinds = {"flow": FlowRun, "vae": VaeRun}
     return to_yaml(load(kinds[read_yaml(recipe).get("task", "flow")], file=recipe))
 
 
@@ -35,7 +35,7 @@ def test_every_golden_form_has_a_recipe():
 
 @pytest.mark.parametrize(("recipe", "processes"), [("tiny", 2), ("goku_1b", 8), ("goku_2b", 32), ("goku_8b", 64)])
 def test_a_recipes_layout_fits_its_model(recipe, processes):
-    from goku_mega.config import FlowRun
+    from goku_mega.config.training import FlowRun
     from goku_mega.config_load import load
     from goku_mega.model.sizes import model_shape
     from goku_mega.parallel.layout import resolve

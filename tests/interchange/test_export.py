@@ -18,7 +18,7 @@ from goku_mega.checkpoint import in_turn
 from goku_mega.checkpoint.in_turn import Part, read_in_turn
 from goku_mega.checkpoint.load import Stored, load_info
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.config import ExportConfig, ImportConfig
+from goku_mega.config.checkpoints import ExportConfig, ImportConfig
 from goku_mega.encoders.vae import TINY
 from goku_mega.errors import CheckpointError
 from goku_mega.interchange import export as exporting

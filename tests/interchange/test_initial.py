@@ -9,7 +9,7 @@ import torch
 from checkpoint_cases import SHAPES, differences, state
 
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.config import DataConfig, FlowRun, InitConfig, OptimizerConfig
+from goku_mega.config.training import DataConfig, FlowRun, InitConfig, OptimizerConfig
 from goku_mega.errors import CheckpointError, ConfigError
 from goku_mega.interchange.initial import Loaded, initialise_from
 from goku_mega.model.sizes import ModelShape

@@ -131,7 +131,7 @@ def transformer_case(policy: str) -> tuple[Outputs, list[str]]:
 
     The fused one recomputes by the policy.
     """
-    from goku_mega.config import RecomputeConfig
+    from goku_mega.config.training import RecomputeConfig
     from goku_mega.model.packed import PackedBatch, Segments
     from goku_mega.model.sizes import ModelShape
     from goku_mega.model.specs import block_spec

@@ -10,7 +10,7 @@ import te_on_cpu
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goku_mega.config import ComputeConfig, RecomputeConfig
+from goku_mega.config.training import ComputeConfig, RecomputeConfig
 from goku_mega.errors import ConfigError, LayoutError, MissingExtra
 from goku_mega.model.sizes import ModelShape
 from launch import run_ranks

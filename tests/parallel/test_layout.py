@@ -2,7 +2,7 @@
 
 import pytest
 
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from goku_mega.errors import ConfigError, LayoutError
 from goku_mega.model.sizes import SIZES
 from goku_mega.parallel.layout import Layout, resolve

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from goku_mega.checkpoint.load import load_into
 from goku_mega.checkpoint.save import save_checkpoint
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from goku_mega.data.packing import pack_prompts
 from goku_mega.data.planner import Planner
 from goku_mega.flow.path import velocity_loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goku_mega.config import FlowConfig, RecomputeConfig
+from goku_mega.config.training import FlowConfig, RecomputeConfig
 from goku_mega.data.packing import pack_training
 from goku_mega.data.shards import Sample
 from goku_mega.model.sizes import ModelShape

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from goku_mega.config import DataConfig, FlowRun, LayoutConfig, PlanConfig, RecomputeConfig
+from goku_mega.config.planning import PlanConfig
+from goku_mega.config.training import DataConfig, FlowRun, LayoutConfig, RecomputeConfig
 from goku_mega.errors import ConfigError, LayoutError
 from goku_mega.model.sizes import SIZES
 from goku_mega.parallel.layout import Layout, resolve

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goku_mega.config import FaultsConfig, PlanConfig
+from goku_mega.config.planning import FaultsConfig, PlanConfig
 from goku_mega.errors import ConfigError
 from goku_mega.plan import failures
 from goku_mega.plan.failures import CAUSES, DAY_S, Cause, cold_start_s, spares_needed

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from goku_mega.config import LayoutConfig, RecomputeConfig
+from goku_mega.config.training import LayoutConfig, RecomputeConfig
 from goku_mega.model.packed import PackedBatch
 from goku_mega.model.sizes import SIZES, ModelShape
 from goku_mega.parallel.layout import Layout, resolve

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goku_mega.config import RecomputeConfig
+from goku_mega.config.training import RecomputeConfig
 from goku_mega.model.sizes import SIZES, ModelShape
 from goku_mega.parallel.layout import Layout
 from goku_mega.plan.activations import Numerics

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_mega.config import SampleConfig
+from goku_mega.config.sampling import SampleConfig
 from goku_mega.errors import CheckpointError, ConfigError, MediaError, UserError
 from goku_mega.flow.solvers import Solver
 from goku_mega.media.decode import decode_image, decode_video

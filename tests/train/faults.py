@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from goku_mega.config import AuditConfig, CheckpointConfig, DataConfig, FlowRun, OptimizerConfig
+from goku_mega.config.training import AuditConfig, CheckpointConfig, DataConfig, FlowRun, OptimizerConfig
 
 STEPS = 6
 

@@ -3,7 +3,7 @@
 import pytest
 from faults import committed, compute_wrongly, flip_bit, flip_replica, losses, make_run, train_with
 
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from goku_mega.train.audit import Evidence, blame
 from launch import run_ranks
 

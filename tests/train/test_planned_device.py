@@ -6,7 +6,7 @@ from launch import run_ranks
 def device_of(rank: int):
     import torch
 
-    from goku_mega.config import DataConfig, FlowRun
+    from goku_mega.config.training import DataConfig, FlowRun
     from goku_mega.train import loop
 
     loop.process_bytes = lambda: 1e9 + 1e6 * rank

@@ -3,7 +3,7 @@
 import pytest
 from faults import STEPS, committed, losses, make_run, train_with, with_own_control
 
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from launch import run_ranks
 
 LAYOUTS = [

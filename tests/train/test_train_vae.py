@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from goku_mega.config import CorpusConfig, VaeRun
+from goku_mega.config.data import CorpusConfig
+from goku_mega.config.training import VaeRun
 from goku_mega.data.shapes import write_corpus
 from goku_mega.encoders.vae import TINY, load_vae
 from goku_mega.errors import DataError
@@ -71,7 +72,8 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path):
     whole = run_of(corpus, tmp_path / "whole")
     train_vae(whole)
     killed = dataclasses.replace(whole, output=str(tmp_path / "killed"))
-    code = f"from goku_mega.config import VaeRun\nfrom goku_mega.train.vae import train_vae\ntrain_vae({killed!r})\n"
+    imports = "from goku_mega.config.training import VaeRun\nfrom goku_mega.train.vae import train_vae\n"
+    code = f"{imports}train_vae({killed!r})\n"
     process = subprocess.Popen([sys.executable, "-c", code])
     state = tmp_path / "killed" / "state.pt"
     deadline = time.monotonic() + LIMIT_S

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from faults import STEPS, committed, make_run, rows, skipping, spoil, train_with
 
-from goku_mega.config import LayoutConfig
+from goku_mega.config.training import LayoutConfig
 from launch import run_ranks
 
 NAN = float("nan")
