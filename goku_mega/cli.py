@@ -38,6 +38,14 @@ COMMANDS = {
     "corpus shapes": Command(
         "write a captioned corpus of moving shapes", "data:CorpusConfig", "goku_mega.data.shapes:write_corpus"
     ),
+    "curate": Command(
+        "raw videos and images -> scored, captioned clips", "curation:CurateConfig", "goku_mega.curate.curate:curate"
+    ),
+    "curate filter": Command(
+        "move thresholds over the scores that there are; runs no model",
+        "curation:CurateConfig",
+        "goku_mega.curate.curate:filter_clips",
+    ),
     "encode": Command("corpus -> latents and text in shards", "data:EncodeConfig", "goku_mega.data.encode:encode"),
     "train": Command(
         "train the transformer (with `task: vae`, the codec)", "training:FlowRun", "goku_mega.train.loop:train"

@@ -1,7 +1,8 @@
 # Sourced by quickstart.sh and test.sh: afterwards goku-mega and goku-ops are on PATH.
 #
 # Uses the active virtual environment, or makes .venv beside setup.cfg. Installs once for each state of
-# setup.cfg, pyproject.toml and constraints.txt. $PYTHON names the interpreter of a new environment.
+# setup.cfg, pyproject.toml and constraints.txt. $PYTHON names the interpreter of a new environment, $GOKU_EXTRAS the
+# extras beside `dev` (`curate,dali`).
 
 goku_fail() {
     echo "setup: error: $*" >&2
@@ -24,7 +25,7 @@ goku_environment() {
 }
 
 goku_state() {
-    { "$VIRTUAL_ENV/bin/python" --version && echo "$GOKU_ROOT" &&
+    { "$VIRTUAL_ENV/bin/python" --version && echo "$GOKU_ROOT" "${GOKU_EXTRAS:-}" &&
         (cd "$GOKU_ROOT" && cat setup.cfg pyproject.toml launch/constraints.txt); } | sha256sum
 }
 
@@ -42,7 +43,8 @@ goku_install() {
     # build for a CUDA build of several GB.
     pip install --quiet --quiet --constraint "$constraints" "$(grep '^torch==' "$constraints")" || return 1
     torch="$(goku_torch_version)" || return 1
-    pip install --quiet --quiet --constraint "$constraints" "torch==$torch" --editable "$GOKU_ROOT[dev]" || return 1
+    pip install --quiet --quiet --constraint "$constraints" "torch==$torch" \
+        --editable "$GOKU_ROOT[dev${GOKU_EXTRAS:+,$GOKU_EXTRAS}]" || return 1
     [[ "$(goku_torch_version)" == "$torch" ]] || goku_fail "torch $torch was replaced by another build" || return 1
     goku_state >"$stamp"
     echo "setup: done, torch $torch" >&2

@@ -5,13 +5,14 @@
 #   --quick   leave out the types and the tests marked `slow`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+GOKU_EXTRAS="${GOKU_EXTRAS-curate,dali,ray,torchcodec}"
 source launch/setup.sh
 
-# Real engines for the supervisor's tests, from the distribution: SLURM on nodes made of namespaces, a browser,
-# Prometheus. Where they cannot be installed, the tests that need them are skipped and say so.
+# Real engines for the tests, from the distribution: SLURM on nodes made of namespaces, a browser, Prometheus, and
+# FFmpeg, which makes media that PyAV cannot and has the libraries that torchcodec needs. Where they cannot be installed, the tests that need them are skipped and say so.
 install_engines() {
     local program missing=()
-    declare -A package=([slurmctld]=slurm-wlm [munged]=munge [ip]=iproute2 [chromium]=chromium [prometheus]=prometheus)
+    declare -A package=([slurmctld]=slurm-wlm [munged]=munge [ip]=iproute2 [chromium]=chromium [prometheus]=prometheus [ffmpeg]=ffmpeg)
     for program in "${!package[@]}"; do
         command -v "$program" >/dev/null || missing+=("${package[$program]}")
     done

@@ -14,47 +14,46 @@ Frames = NDArray[np.uint8]
 
 
 class Footage:
-    """One open source, shared by its clips: a video, or an image, which is one frame."""
+    """One source, shared by its clips: a video, or an image, which is one frame. Opened when it is first read.
+
+    Reading raises MediaError where the file cannot be decoded.
+    """
 
     def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            MediaError: the file cannot be decoded.
-        """
         self.path = path
         self.is_image = is_image(path)
-        self._image = decode_image(path) if self.is_image else None
-        self._video = None if self.is_image else PyAvVideo(path)
 
     def close(self) -> None:
-        if self._video is not None:
+        if "_video" in self.__dict__:
             self._video.close()
+            del self._video
 
     @property
     def frames(self) -> int:
-        return 1 if self._video is None else self._video.frames
+        return 1 if self.is_image else self._video.frames
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), px."""
-        if self._video is not None:
-            return self._video.size
-        assert self._image is not None
-        return self._image.shape[1], self._image.shape[2]
+        if self.is_image:
+            return self._image.shape[1], self._image.shape[2]
+        return self._video.size
 
     def read(self, numbers: Sequence[int]) -> Frames:
         """Frames by number, [numbers, height, width, 3]."""
-        if self._video is not None:
-            return self._video.read(numbers)
-        assert self._image is not None
-        return self._image[list(numbers)]
+        return self._image[list(numbers)] if self.is_image else self._video.read(numbers)
 
-    def stream(self, first: int, count: int, step: int = 1) -> Iterator[Frames]:
-        """Every `step`-th of `count` frames from `first` on, one at a time, [height, width, 3]."""
-        if self._video is not None:
-            return self._video.stream(first, count, step=step)
-        assert self._image is not None
-        return iter(self._image)
+    def stream(self, first: int, count: int, *, size: tuple[int, int] | None = None) -> Iterator[Frames]:
+        """`count` frames of a video from `first` on, one at a time, [height, width, 3], scaled to `size`."""
+        return self._video.stream(first, count, size=size)
+
+    @functools.cached_property
+    def _video(self) -> PyAvVideo:
+        return PyAvVideo(self.path)
+
+    @functools.cached_property
+    def _image(self) -> Frames:
+        return decode_image(self.path)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Frames to files people can open: mp4, PNG, GIF, and contact sheets. Every file appears whole, by a rename."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,32 +20,58 @@ INK = 30
 
 
 def write_video(path: Path, frames: Frames, fps: int, *, crf: int = 10) -> None:
-    """H.264 in mp4, the same bytes for the same frames.
-
-    Args:
-        frames: [frames, height, width, 3]; height and width even.
-        crf: x264's quality, lower is better.
+    """H.264 in mp4, the same bytes for the same frames [frames, height, width, 3].
 
     Raises:
-        MediaError: an odd height or width, which yuv420p cannot hold.
+        MediaError: as `write_h264`.
+    """
+    write_h264(path, frames, Fraction(fps), crf=crf)
+
+
+def write_h264(
+    path: Path, frames: Iterable[Frames], rate: Fraction, *, crf: int, gop_frames: int = 48, preset: str = "medium"
+) -> None:
+    """H.264 in mp4 of frames [height, width, 3] as they come, the same bytes for the same frames.
+
+    Args:
+        rate: frames a second.
+        crf: x264's quality, lower is better.
+        gop_frames: largest distance of key frames.
+
+    Raises:
+        MediaError: an odd height or width, which yuv420p cannot hold; no frame at all; an unknown preset.
     """
     import av
 
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise MediaError(f"{path}: mp4 needs an even height and width, not {height}x{width}; write .gif or .png")
-
     def write(temporary: Path) -> None:
         with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # x264's macroblock tree gives other bits now and then, even on one thread.
-            stream.options = {"crf": str(crf), "g": "48", "threads": "1", "mbtree": "0", "flags": "+bitexact"}
+            stream = None
             for frame in frames:
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=rate)
+                    stream.height, stream.width = _even(path, frame)
+                    stream.pix_fmt = "yuv420p"
+                    # x264's macroblock tree gives other bits now and then, even on one thread.
+                    stream.options = {
+                        "crf": str(crf), "g": str(gop_frames), "preset": preset, "threads": "1", "mbtree": "0",
+                        "flags": "+bitexact",
+                    }  # fmt: skip
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            if stream is None:
+                raise MediaError(f"{path}: there is no frame to write")
             container.mux(stream.encode())
 
-    _by_rename(path, write)
+    try:
+        _by_rename(path, write)
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: cannot write the video ({error})") from error
+
+
+def _even(path: Path, frame: Frames) -> tuple[int, int]:
+    height, width = frame.shape[:2]
+    if height % 2 or width % 2:
+        raise MediaError(f"{path}: mp4 needs an even height and width, not {height}x{width}; write .gif or .png")
+    return height, width
 
 
 def write_image(path: Path, frame: Frames) -> None:
