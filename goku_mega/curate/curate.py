@@ -67,7 +67,7 @@ def filter_clips(config: CurateConfig) -> dict[str, Any]:
     Raises:
         DataError: there are no sources or no scores.
     """
-    paths = [str(path) for path in find_sources(Path(config.videos), (0, 1))]
+    paths = find_sources(Path(config.videos), (0, 1))
     with open_store(config) as store:
         table = store.table(CONTENT, "")
         contents = dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True))
@@ -110,29 +110,26 @@ class Worker:
     """A pipeline with its models, in a process of its own."""
 
     def __init__(self, config: CurateConfig) -> None:
-        import torch
-
-        torch.set_num_threads(1)  # workers are the parallelism
         self.pipeline = Pipeline(config)
 
     def __call__(self, task: Task, teller: Teller) -> None:
         self.pipeline.process(task.source, task.known, teller)
 
 
-def _score(config: CurateConfig, pipeline: Pipeline, store: ScoreStore, paths: Sequence[Path]) -> dict[str, int]:
+def _score(config: CurateConfig, pipeline: Pipeline, store: ScoreStore, paths: Sequence[str]) -> dict[str, int]:
     """Content of all files, then whatever is missing of all sources; how many were worked on and set aside."""
     notes = _Notes(pipeline.keys, store)
     known = {row.pop("key"): ContentScore(**row) for row in store.table(CONTENT, "").to_pylist()}
     new = unhashed(paths, known)
     for event in _run(config, "content", new, "goku_mega.curate.sources:make_hasher", ()):
-        notes.take(event, key=str(event.task))
+        notes.take(event, key=event.task)
         if isinstance(event, Found):
             known[event.key] = ContentScore(**event.score)
     sources: dict[str, Source] = {}
     for path in paths:
-        if str(path) in known:
-            content = known[str(path)].content
-            sources.setdefault(content, Source(path, content))
+        if path in known:
+            content = known[path].content
+            sources.setdefault(content, Source(Path(path), content))
     tasks = list(_tasks(config, pipeline, store, sources.values(), notes))
     for event in _run(config, "curate", tasks, "goku_mega.curate.curate:make_worker", (config,)):
         notes.take(event, key=event.task.source.key)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from goku_mega.data.workers import end_with_parent
-from goku_mega.errors import ConfigError, MediaError, MissingExtra
+from goku_mega.errors import ConfigError, MediaError, MissingExtra, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ def _work(pipe: Connection, factory: str, arguments: tuple[Any, ...]) -> None:
                 pipe.send(("failed", "media", str(error)))
             except (ConfigError, MissingExtra):
                 raise
+            except UserError as error:
+                pipe.send(("failed", "error", str(error)))
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 place = f"{os.path.basename(where.filename)}:{where.lineno}"

@@ -23,6 +23,7 @@ Keys = Mapping[str, str]
 """Settings of every stage that is on."""
 
 DUPLICATE = "duplicate"
+SAME_CONTENT = "same content as an earlier file"
 CAPTIONS = {"caption": ("caption",), "tags": ("primary", "subclass")}
 
 
@@ -49,8 +50,12 @@ def judge_all(
         contents: key of each path's content; None where it is not known.
     """
     sources = _sources(store, keys, config.thresholds.raw, paths, contents)
-    clips = _clips(store, keys, sources)
+    clips, wanted = _clips(store, keys, sources)
     columns, is_image, missing = _columns(store, keys, clips)
+    # After the look-up of scores: it is quick where the keys are those of the tables.
+    clips = clips.filter(arrow.array(wanted))
+    columns = {name: values[wanted] for name, values in columns.items()}
+    is_image, missing = is_image[wanted], missing[wanted]
     thresholds = config.thresholds
     by_tier = {
         name: judge(columns, tier_rules(tier, thresholds), is_image=is_image, missing=missing)
@@ -79,34 +84,31 @@ def _sources(
     place = compute.index_in(table["source_key"], facts["key"])
     for name in facts.column_names[1:]:
         table = table.append_column(name, facts[name].take(place))
-    probed = compute.is_valid(place).to_numpy(zero_copy_only=False)
+    probed = _true(compute.is_valid(place))
     columns = {name: _floats(table[name]) for name in ("duration_s", "bitrate_bps", "frame_rate", "height", "width")}
     columns["short_side_px"] = np.minimum(columns.pop("height"), columns.pop("width"))
     is_image = _true(compute.equal(table["kind"], "image"))
-    reasons = judge(columns, raw_rules(raw), is_image=is_image, missing=~probed)
-    words = np.array(reasons.texts, dtype=object)[reasons.codes]
+    refused = judge(columns, raw_rules(raw), is_image=is_image, missing=~probed)
+    reasons = np.array(refused.texts, dtype=object)[refused.codes]
     aside = _aside(store, keys, table)
-    words = np.where((words == "") | ~probed, np.where(aside != "", aside, words), words)
-    cut = _true(compute.is_in(table["source_key"], value_set=store.table("clips", keys["clips"])["key"]))
-    words[(words == "") & ~cut] = NOT_SCORED
-    again = _again(table["source_key"])
-    words[again] = "same content as an earlier file"
-    return table.append_column("reason", arrow.array(words, arrow.string()))
+    kinds = np.array([f"set aside in {row['stage']}: {row['kind']}" if row else "" for row in aside], dtype=object)
+    reasons = np.where((kinds != "") & (~probed | (reasons == "")), kinds, reasons)
+    cut = _true(compute.is_in(table["source_key"], value_set=store.table("clips", keys["clips"], ())["key"]))
+    reasons[(reasons == "") & ~cut] = NOT_SCORED
+    reasons[_again(table["source_key"])] = SAME_CONTENT
+    table = table.append_column("reason", arrow.array(reasons, arrow.string()))
+    details = [row["reason"] if row else "" for row in aside]
+    return table.append_column("detail", arrow.array(details, arrow.string()))
 
 
-def _aside(store: ScoreStore, keys: Keys, sources: arrow.Table) -> NDArray[np.object_]:
-    """Why a source was set aside, by its content or, where that could not be read, by its path."""
+def _aside(store: ScoreStore, keys: Keys, sources: arrow.Table) -> list[dict[str, Any] | None]:
+    """The row of each source that was set aside, by its content or, where that could not be read, by its path."""
     rows = store.table("set_aside", "").to_pylist()
     current = {row["key"]: row for row in rows if keys.get(row["stage"], "") == row["settings"] and row["reason"]}
-    texts = (
-        [
-            current.get(key) or current.get(path)
-            for key, path in zip(sources["source_key"].to_pylist(), sources["path"].to_pylist(), strict=True)
-        ]
-        if current
-        else [None] * len(sources)
-    )
-    return np.array([f"{row['stage']}: {row['reason']}" if row else "" for row in texts], dtype=object)
+    if not current:
+        return [None] * len(sources)
+    both = zip(sources["source_key"].to_pylist(), sources["path"].to_pylist(), strict=True)
+    return [current.get(key) or current.get(path) for key, path in both]
 
 
 def _again(keys: arrow.ChunkedArray) -> Bools:
@@ -119,22 +121,21 @@ def _again(keys: arrow.ChunkedArray) -> Bools:
     return again & known
 
 
-def _clips(store: ScoreStore, keys: Keys, sources: arrow.Table) -> arrow.Table:
-    """The clips of the sources that have no reason, by key."""
+def _clips(store: ScoreStore, keys: Keys, sources: arrow.Table) -> tuple[arrow.Table, Bools]:
+    """All clips that were ever cut with these settings, by key, and which are of a source that has no reason."""
     cut = store.table("clips", keys["clips"])
-    good = sources.filter(compute.equal(sources["reason"], "")).sort_by("source_key")
-    cut = cut.take(compute.index_in(good["source_key"], cut["key"]))
     parent = compute.list_parent_indices(cut["firsts"].combine_chunks())
-    first, frames = compute.list_flatten(cut["firsts"]), compute.list_flatten(cut["frames"])
-    of_source = good.select(["path", "source_key", "kind", "height", "width", "frame_rate"]).take(parent)
-    key = compute.binary_join_element_wise(of_source["source_key"], _padded(first, 7), _padded(frames, 5), "-")
-    return arrow.table(
-        {
-            "key": key, "source_key": of_source["source_key"], "path": of_source["path"], "kind": of_source["kind"],
-            "height": of_source["height"], "width": of_source["width"], "frame_rate": of_source["frame_rate"],
-            "first_frame": first, "frames": frames, "similarity": compute.list_flatten(cut["similarity"]),
-        }
-    )  # fmt: skip
+    first, frames = (compute.list_flatten(cut[name]).combine_chunks() for name in ("firsts", "frames"))
+    of_source = cut["key"].combine_chunks().take(parent)
+    good = sources.filter(compute.equal(sources["reason"], ""))
+    place = compute.index_in(cut["key"], good["source_key"])
+    about = good.select(["path", "kind", "height", "width", "frame_rate"]).take(place.combine_chunks().take(parent))
+    table = {
+        "key": compute.binary_join_element_wise(of_source, _padded(first, 7), _padded(frames, 5), "-"),
+        "source_key": of_source, **{name: about[name] for name in about.column_names}, "first_frame": first,
+        "frames": frames, "similarity": compute.list_flatten(cut["similarity"]),
+    }  # fmt: skip
+    return arrow.table(table), _true(compute.is_valid(about["path"]))
 
 
 def _padded(numbers: Any, width: int) -> Any:
@@ -153,13 +154,16 @@ def _columns(store: ScoreStore, keys: Keys, clips: arrow.Table) -> tuple[dict[st
     for stage, (column, field) in COLUMNS.items():
         if stage in keys:
             columns[column] = _floats(_joined(store, keys, stage, field, clips["key"]))
-            missing |= np.isnan(columns[column]) & ~(is_image if stage in VIDEO_STAGES else False)
+            unscored = np.isnan(columns[column])
+            missing |= unscored & ~is_image if stage in VIDEO_STAGES else unscored
     return columns, is_image, missing
 
 
 def _joined(store: ScoreStore, keys: Keys, stage: str, field: str, of: arrow.ChunkedArray) -> arrow.ChunkedArray:
     """A field of a stage's scores for these keys; null where there is none."""
-    table = store.table(stage, keys[stage])
+    table = store.table(stage, keys[stage], (field,))
+    if table["key"].equals(of):  # as after every complete run; a look-up of each key takes ten times longer
+        return table[field]
     return table[field].take(compute.index_in(of, table["key"]))
 
 

@@ -5,7 +5,8 @@ The same bytes for the same scores and settings; every file appears whole.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from goku_mega.curate.motion_text import with_motion
 from goku_mega.curate.pipeline import standard_path
 from goku_mega.curate.scores import ScoreStore
 from goku_mega.curate.stage_keys import stage_keys
-from goku_mega.curate.stages.tags import read_classes
-from goku_mega.data.shards import write_whole
+from goku_mega.curate.stages.tags import OTHER, read_classes
+from goku_mega.data.whole_files import write_whole
 
 MANIFEST = "manifest.parquet"
 SOURCES = "sources.parquet"
@@ -38,8 +39,7 @@ def write_outputs(
     clips = _with_repeats(verdicts, config)
     _write_table(output / SOURCES, verdicts.sources)
     _write_table(output / MANIFEST, clips)
-    rows = _caption_rows(clips, store, keys, config)
-    write_whole(output / CAPTIONS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_whole(output / CAPTIONS, _caption_lines(clips, verdicts.sources, store, keys, config))
     return _counts(verdicts)
 
 
@@ -55,32 +55,75 @@ def _with_repeats(verdicts: Verdicts, config: CurateConfig) -> arrow.Table:
         repeats = np.zeros(len(clips), dtype=np.int64)
         repeats[tagged] = balance(
             *(rows[name].to_pylist() for name in ("key", "primary", "subclass")),
-            weights=parse_weights(about.weights, classes),
+            weights=parse_weights(about.weights, (*classes, OTHER)),
             max_repeat=about.max_repeat, size=about.size, seed=about.seed,
         )  # fmt: skip
     return clips.append_column("repeat", arrow.array(repeats))
 
 
-def _caption_rows(
-    clips: arrow.Table, store: ScoreStore, keys: Mapping[str, str], config: CurateConfig
-) -> Iterator[dict[str, Any]]:
-    """What `goku-mega encode` reads: the kept clips that have a caption, as ranges of their files."""
+def _caption_lines(
+    clips: arrow.Table, sources: arrow.Table, store: ScoreStore, keys: Mapping[str, str], config: CurateConfig
+) -> bytes:
+    """What `goku-mega encode` reads, a line of JSON a clip: the kept clips that have a caption, as ranges of files."""
     clips = clips.filter(compute.and_(compute.not_equal(clips["tier"], ""), compute.greater(clips["repeat"], 0)))
     if "caption" in keys:
         clips = clips.filter(compute.is_valid(clips["caption"]))
-    standard = store.table("standardise", keys["standardise"])
-    as_it_is = standard["as_it_is"].take(compute.index_in(clips["source_key"], standard["key"])).to_pylist()
-    names = [name for name in ("caption", "motion_px") if name in clips.column_names]
-    wanted = ["key", "source_key", "path", "kind", "first_frame", "frames", "tier", "repeat", *names]
-    for row, is_source in zip(clips.select(wanted).to_pylist(), as_it_is, strict=True):
-        caption = row.get("caption", "")
-        if config.caption.motion_text and row.get("motion_px") is not None:
-            caption = with_motion(caption, row["motion_px"])
-        made = standard_path(Path(), row["source_key"], keys["standardise"])
-        file = str(made) if is_source is False else str(Path(row["path"]).resolve())
-        about = {"key": row["key"], "file": file, "caption": caption, "tier": row["tier"], "repeat": row["repeat"]}
-        span = {} if row["kind"] == "image" else {"first_frame": row["first_frame"], "frames": row["frames"]}
-        yield about | span
+    if not len(clips):
+        return b""
+    file = clips["source_key"].combine_chunks().dictionary_encode()
+    files = arrow.array(_files(file.dictionary, sources, store, keys)).take(file.indices)
+    captions = _captions(clips, config)
+    # All at once, then apart again: a line break is never inside of JSON's texts.
+    captions_json = arrow.array(json.dumps(captions, separators=("\n", ":"))[1:-1].split("\n"))
+    first, frames, repeat = (_text(clips[name]) for name in ("first_frame", "frames", "repeat"))
+    span = _joined(', "first_frame": ', first, ', "frames": ', frames)
+    span = compute.if_else(compute.equal(clips["kind"].combine_chunks(), "image"), "", span)
+    lines = _joined(
+        '{"key": "', clips["key"].combine_chunks(), '", "file": ', files, ', "caption": ', captions_json,
+        ', "tier": "', _text(clips["tier"]), '", "repeat": ', repeat, span, "}\n",
+    )  # fmt: skip
+    return b"".join(_bytes_of(chunk) for chunk in arrow.chunked_array([lines]).chunks)
+
+
+def _joined(*parts: Any) -> Any:
+    """Texts, and columns of texts, one behind the other, row by row."""
+    large = [arrow.scalar(part, arrow.large_string()) if isinstance(part, str) else part.cast(arrow.large_string())
+             for part in parts]  # fmt: skip
+    return compute.binary_join_element_wise(*large, arrow.scalar("", arrow.large_string()))
+
+
+def _text(column: arrow.ChunkedArray) -> arrow.Array:
+    return column.cast(arrow.string()).combine_chunks()
+
+
+def _bytes_of(lines: arrow.Array) -> bytes:
+    """The texts of an array are one after the other in its memory."""
+    ends = np.frombuffer(lines.buffers()[1], dtype=np.int64)[lines.offset : lines.offset + len(lines) + 1]
+    return memoryview(lines.buffers()[2])[ends[0] : ends[-1]].tobytes()
+
+
+def _files(of: arrow.Array, sources: arrow.Table, store: ScoreStore, keys: Mapping[str, str]) -> list[str]:
+    """The file with the frames of each source, as JSON: the source, or the standardised one in the output."""
+    standard = store.table("standardise", keys["standardise"], ("as_it_is",))
+    as_it_is = standard["as_it_is"].take(compute.index_in(of, standard["key"])).to_pylist()  # null: an image
+    paths = sources["path"].take(compute.index_in(of, sources["source_key"])).to_pylist()
+    settings = keys["standardise"]
+    return [
+        json.dumps(str(standard_path(Path(), key, settings)) if is_source is False else os.path.abspath(path))
+        for key, path, is_source in zip(of.to_pylist(), paths, as_it_is, strict=True)
+    ]
+
+
+def _captions(clips: arrow.Table, config: CurateConfig) -> list[str]:
+    """Captions with their motion scores."""
+    captions = clips["caption"].to_pylist() if "caption" in clips.column_names else [""] * len(clips)
+    if not config.caption.motion_text or "motion_px" not in clips.column_names:
+        return captions
+    motions = clips["motion_px"].to_pylist()
+    return [
+        caption if motion is None else with_motion(caption, motion)
+        for caption, motion in zip(captions, motions, strict=True)
+    ]
 
 
 def _write_table(path: Path, table: arrow.Table) -> None:
@@ -97,6 +140,11 @@ def _counts(verdicts: Verdicts) -> dict[str, Any]:
 
 
 def _by_reason(what: str, column: arrow.ChunkedArray) -> list[dict[str, Any]]:
-    counted = compute.value_counts(column.cast(arrow.string())).to_pylist()
-    rows = sorted(((row["counts"], row["values"]) for row in counted if row["values"]), reverse=True)
-    return [{"what": what, "refused": count, "reason": reason} for count, reason in rows]
+    counts: dict[str, int] = {}
+    for row in compute.value_counts(column).to_pylist():
+        if row["values"]:
+            counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
+    return [
+        {"what": what, "refused": count, "reason": reason}
+        for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]

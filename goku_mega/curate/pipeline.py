@@ -6,6 +6,7 @@ dearest stages, are made for the clips alone that everything else keeps.
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -121,25 +122,51 @@ class Pipeline:
         """A stage with its model."""
         if name not in self._stages:
             self._stages[name] = self._load(name)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)  # workers are the parallelism
         return self._stages[name]
 
     def _load(self, name: str) -> Any:
-        from goku_mega.curate.stages import aesthetic, caption, hashes, hooks, motion, ocr, shots, similarity, tags
-
+        """Each with what it alone needs installed."""
         config = self.config
-        made: dict[str, Callable[[], Any]] = {
-            "shots": lambda: shots.Shots(config.shots),
-            "similarity": lambda: similarity.Similarity(config.split),
-            "hashes": hashes.Hashes,
-            "motion": lambda: motion.Motion(config.motion),
-            "ocr": lambda: ocr.Ocr(config.ocr),
-            "aesthetic": lambda: aesthetic.Aesthetic(config.aesthetic),
-            "nsfw": lambda: hooks.Hook(config.nsfw),
-            "watermark": lambda: hooks.Hook(config.watermark),
-            "caption": lambda: caption.Caption(config.caption),
-            "tags": lambda: tags.Tags(config.tags),
-        }
-        return made[name]()
+        match name:
+            case "shots":
+                from goku_mega.curate.stages.shots import Shots
+
+                return Shots(config.shots)
+            case "similarity":
+                from goku_mega.curate.stages.similarity import Similarity
+
+                return Similarity(config.split)
+            case "hashes":
+                from goku_mega.curate.stages.hashes import Hashes
+
+                return Hashes()
+            case "motion":
+                from goku_mega.curate.stages.motion import Motion
+
+                return Motion(config.motion)
+            case "ocr":
+                from goku_mega.curate.stages.ocr import Ocr
+
+                return Ocr(config.ocr)
+            case "aesthetic":
+                from goku_mega.curate.stages.aesthetic import Aesthetic
+
+                return Aesthetic(config.aesthetic)
+            case "nsfw" | "watermark":
+                from goku_mega.curate.stages.hooks import Hook
+
+                return Hook(getattr(config, name))
+            case "caption":
+                from goku_mega.curate.stages.caption import Caption
+
+                return Caption(config.caption)
+            case "tags":
+                from goku_mega.curate.stages.tags import Tags
+
+                return Tags(config.tags)
+        raise AssertionError(f"there is no stage {name}")
 
 
 def standard_path(output: Path, source_key: str, settings: str) -> Path:

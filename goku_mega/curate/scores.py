@@ -14,7 +14,7 @@ import socket
 import time
 import typing
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as arrow
 from pyarrow import compute, parquet
 
+from goku_mega.data.whole_files import TEMPORARY, appearing
 from goku_mega.errors import DataError
 
 Fields = dict[str, Any]
@@ -88,9 +89,12 @@ class ScoreStore:
         """All rows of a stage whose keys begin with a source's."""
         return self._table(stage, settings).with_prefix(source_key)
 
-    def table(self, stage: str, settings: str) -> arrow.Table:
-        """All rows of a stage under its settings, by key; each key once."""
-        return self._table(stage, settings).rows
+    def table(self, stage: str, settings: str, columns: Sequence[str] | None = None) -> arrow.Table:
+        """All rows of a stage under its settings, by key, each key once: all columns, or the key and these."""
+        schema = self.schemas[stage]
+        if columns is not None:
+            schema = arrow.schema([schema.field(name) for name in ("key", *columns)])
+        return _merged(self._path(stage, settings), self._journalled.get((stage, settings), {}), schema)
 
     def add(self, stage: str, settings: str, key: str, score: Fields) -> None:
         """Append a score; it is in the tables of stores that are opened later."""
@@ -129,10 +133,11 @@ class ScoreStore:
         for (stage, settings), rows in self._read_journals().items():
             path = self._path(stage, settings)
             path.parent.mkdir(exist_ok=True)
-            _write_table(path, _merged(path, rows, self.schemas[stage]))
+            with appearing(path) as file:
+                parquet.write_table(_merged(path, rows, self.schemas[stage]), file)
         for journal in journals:
             journal.unlink()
-        for left in (self.folder / TABLES).rglob(".*.tmp"):
+        for left in (self.folder / TABLES).rglob(f".*{TEMPORARY}"):
             left.unlink()
 
     def _read_journals(self) -> dict[tuple[str, str], dict[str, Fields]]:
@@ -166,7 +171,7 @@ def _merged(path: Path, added: dict[str, Fields], schema: arrow.Schema) -> arrow
     parts = []
     if path.exists():
         try:
-            parts.append(parquet.ParquetFile(path).read().cast(schema))
+            parts.append(parquet.ParquetFile(path).read(columns=schema.names).cast(schema))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it, and its scores are made again") from error
     if added:
@@ -181,17 +186,6 @@ def _merged(path: Path, added: dict[str, Fields], schema: arrow.Schema) -> arrow
     # The sort is stable, so the last of equal keys is what was learnt last.
     replaced = compute.equal(both["key"].slice(1), both["key"].slice(0, len(both) - 1)).combine_chunks()
     return both.filter(arrow.concat_arrays([compute.invert(replaced), arrow.array([True])]))
-
-
-def _write_table(path: Path, table: arrow.Table) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.ExitStack() as undo:
-        undo.callback(temporary.unlink, missing_ok=True)
-        with temporary.open("wb") as file:
-            parquet.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:

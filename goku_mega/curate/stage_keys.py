@@ -13,7 +13,6 @@ from typing import Any
 import xxhash
 
 from goku_mega.config.curation import CurateConfig
-from goku_mega.encoders.vae import content_key
 
 VERSIONS = {
     "probe": 1, "standardise": 1, "shots": 1, "similarity": 1, "clips": 1, "hashes": 1, "alike": 1, "aesthetic": 1,
@@ -54,6 +53,9 @@ MODELS = {
     "classes",
 }
 """Settings that name files, whose content counts."""
+
+
+END_BYTES = 2**20
 
 
 def stage_keys(config: CurateConfig) -> dict[str, str]:
@@ -115,10 +117,21 @@ def _what(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def model_key(name: str) -> str:
-    """A name that is no file or folder here, else a hash of what is in it."""
+    """A name that is no file or folder here, else a hash that tells whether its content has changed."""
     path = Path(name.removeprefix("classifier:").partition("#")[0])
-    if path.is_file():
-        return xxhash.xxh3_64_hexdigest(path.read_bytes())
-    if name and path.is_dir():
-        return content_key(str(path)) + name.partition("#")[2]
-    return name
+    if not name or not path.exists():
+        return name
+    digest = xxhash.xxh3_64(name.partition("#")[2])
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}")
+            digest.update(_ends_of(file))
+    return digest.hexdigest()
+
+
+def _ends_of(path: Path) -> bytes:
+    """First and last bytes: weights of many gigabytes are not read whole to be told from others."""
+    with path.open("rb") as file:
+        first = file.read(END_BYTES)
+        file.seek(max(len(first), path.stat().st_size - END_BYTES))
+        return first + file.read()

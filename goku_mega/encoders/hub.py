@@ -31,4 +31,4 @@ def reason(name_or_path: str, error: BaseException, *, local: bool) -> str:
     """Why a loader failed, in a few words; `local` as `is_out_of_reach` said."""
     if local and not Path(name_or_path).is_dir():
         return "there is no such folder, and the hub cannot be reached"
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,12 +16,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def expanded(recipe: Path) -> str:
-    """The recipe with every setting filled in, as `goku-mega train --config RECIPE --print-config` shows it."""
+    """The recipe with every setting filled in, as `--config RECIPE --print-config` shows it."""
+    from goku_mega.config.curation import CurateConfig
     from goku_mega.config.training import FlowRun, VaeRun
     from goku_mega.config_load import load, read_yaml, to_yaml
 
-    kinds = {"flow": FlowRun, "vae": VaeRun}
-    return to_yaml(load(kinds[read_yaml(recipe).get("task", "flow")], file=recipe))
+    kinds = {"flow": FlowRun, "vae": VaeRun, "curate": CurateConfig}
+    task = "curate" if recipe.stem == "curate" else read_yaml(recipe).get("task", "flow")
+    return to_yaml(load(kinds[task], file=recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

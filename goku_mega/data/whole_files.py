@@ -1,0 +1,30 @@
+"""Files that appear with all their bytes, by a rename, whatever is killed when."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"
+"""How the name of a file ends that is not whole yet."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears with all its bytes."""
+    with appearing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file under a name of this process's own until all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
