@@ -47,6 +47,10 @@ COMMANDS = {
         "goku_mega.curate.curate:filter_clips",
     ),
     "encode": Command("corpus -> latents and text in shards", "data:EncodeConfig", "goku_mega.data.encode:encode"),
+    "data stats": Command("what a data set holds, in numbers", "data:DataStatsConfig", "goku_mega.data.inspect:stats"),
+    "data show": Command(
+        "samples of a data set as pictures again", "data:DataShowConfig", "goku_mega.data.inspect:show"
+    ),
     "train": Command(
         "train the transformer (with `task: vae`, the codec)", "training:FlowRun", "goku_mega.train.loop:train"
     ),
@@ -98,6 +102,8 @@ TASKS = {
     "vae": Command("train a small codec on a corpus", "training:VaeRun", "goku_mega.train.vae:train_vae"),
 }
 POSITIONAL = {
+    "data:DataStatsConfig": ("path",),
+    "data:DataShowConfig": ("path",),
     "checkpoints:CheckpointFolder": ("path",),
     "checkpoints:InspectConfig": ("path",),
     "checkpoints:PruneConfig": ("path",),

@@ -1,5 +1,6 @@
 """What the commands that make training data are given: corpora, curation, encoding."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,8 @@ class CorpusConfig:
 class EncodeConfig:
     """`goku-mega encode`: a corpus to latents and text embeddings in tar shards."""
 
-    corpus: str
+    corpus: str = ""
+    """Folder with captions.jsonl; `verify` needs none."""
     output: str
     vae: str = "tiny"
     """`tiny`: the VAE that ships with the package; else a local folder or a hub name."""
@@ -45,8 +47,77 @@ class EncodeConfig:
     samples_per_shard: int = 256
     max_frames: int = 241
     """Longer videos are cut to this many frames; lengths are cut to 4n + 1."""
-    workers: int = 2
+    workers: int = 0
+    """Processes that encode, each with both encoders; 0: one for each GPU, two without."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs where there are some."""
+    slice: str = "0/1"
+    """Part of the shards that this command makes, as `number/parts`, for the tasks of a SLURM array that share the
+    output; the command that finds all of them made writes the index."""
+    text_devices: Literal["auto", "one", "all"] = "auto"
+    """one: each worker has the text encoder on its device; all: it is spread over all GPUs and encodes the captions
+    before the workers begin; auto: all where it would take more than half of a GPU's memory."""
+    text_cache: str = ""
+    """Folder in which embeddings of captions are kept from run to run; empty: in the output, until it is whole."""
+    text_cache_gib: float = 4.0
+    """Embeddings beyond this are not kept; with text_devices=all, all are."""
+    verify: bool = False
+    """Encode nothing: read every byte of the output, and say which shards are damaged."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "samples_per_shard", "max_frames", "workers")
+        require_at_least(1, self, "samples_per_shard", "max_frames")
+        require_at_least(0, self, "workers", "text_cache_gib")
+        require(bool(self.corpus) or self.verify, "corpus is missing; give the folder with captions.jsonl, or --verify")
+        require(
+            re.fullmatch(r"\d+/\d+", self.slice) is not None and self.part[0] < self.part[1],
+            f"slice is {self.slice!r}; write number/parts, the number from 0: 0/8 to 7/8",
+        )
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(number, parts) of `slice`."""
+        number, parts = self.slice.split("/")
+        return int(number), int(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataStatsConfig:
+    """`goku-mega data stats`: what a data set holds, from its index alone."""
+
+    path: str
+    """What `goku-mega encode` wrote: a folder, or an fsspec URL."""
+    size: str = "tiny"
+    """A name in `model.sizes`, of the model whose tokens and FLOPs are counted."""
+    fps: float = 0.0
+    """Frames a second of the videos, for their hours, which the index does not know; 0: no hours."""
+    shapes: int = 20
+    """Rows of the table of shapes, the most frequent first; the others are one row."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "fps")
+        require_at_least(1, self, "shapes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShowConfig:
+    """`goku-mega data show`: samples of a data set, decoded again, with their captions."""
+
+    path: str
+    """What `goku-mega encode` wrote: a folder, or an fsspec URL."""
+    output: str
+    """The PNG to write: a row a sample."""
+    samples: int = 16
+    """Samples drawn at random."""
+    seed: int = 0
+    keys: str = ""
+    """Names of the samples to show instead of random ones, with commas between them."""
+    frames: int = 9
+    """Most frames of a sample: the first, the last and those evenly between them."""
+    height: int = 128
+    """Greatest height of a frame on the sheet, px; larger ones are made smaller."""
+    threads: int = 2
+    """CPU threads to decode with."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "samples", "frames", "height", "threads")

@@ -118,7 +118,7 @@ class DataConfig:
     """Where the encoded samples are and how they are batched."""
 
     path: str
-    """Folder written by `goku-mega encode`."""
+    """What `goku-mega encode` wrote: a folder, or an fsspec URL such as s3://bucket/data."""
     samples_per_step: int = 32
     """Samples in a global batch, on average; every step gets an equal share of an epoch's FLOPs."""
     max_tokens_per_rank: int = 32768
@@ -126,14 +126,27 @@ class DataConfig:
     caption_dropout: float = 0.1
     """Share of samples trained with the empty caption, for classifier-free guidance."""
     prefetch_steps: int = 2
-    """Packed batches prepared ahead in a thread."""
+    """Packed batches prepared ahead in a thread; the bytes of as many steps after them are read ahead, too."""
+    read_threads: int = 8
+    """Reads of a store (a path that is a URL) that are under way at once, on each rank; s3fs has ten connections."""
+    read_retries: int = 10
+    """Times that a read that failed is asked for again, after pauses from 0.25 s to 8 s: about 48 s in all."""
+    slow_read_s: float = 30.0
+    """A read of a store without an answer after this time is asked for again beside the first."""
+    cache_folder: str = ""
+    """Folder on the node's own disk for what was read of a store, shared by the node's ranks and kept for the next
+    run; empty: none."""
+    cache_gb: float = 100.0
+    """Largest size of the cache_folder, GB (10^9 bytes); what was used longest ago goes first."""
     skip_steps: tuple[int, ...] = ()
     """Positions of the data's order, from 0, that are left out: a step takes the next one that is not listed. Those
     a run has not come to yet may be added when it is resumed; a checkpoint that has come further is passed over."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "samples_per_step", "max_tokens_per_rank", section="data.")
-        require_at_least(0, self, "prefetch_steps", section="data.")
+        require_at_least(1, self, "samples_per_step", "max_tokens_per_rank", "read_threads", section="data.")
+        require_at_least(0, self, "prefetch_steps", "read_retries", section="data.")
+        for name in ("slow_read_s", "cache_gb"):
+            require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}; it must be above 0")
         require(
             all(step >= 0 for step in self.skip_steps),
             f"data.skip_steps is {list(self.skip_steps)}; positions are 0 or more",

@@ -121,10 +121,10 @@ def model_key(name: str) -> str:
     path = Path(name.removeprefix("classifier:").partition("#")[0])
     if not name or not path.exists():
         return name
-    digest = xxhash.xxh3_64(name.partition("#")[2])
+    digest = xxhash.xxh3_64(name.partition("#")[2].encode())
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}")
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
             digest.update(_ends_of(file))
     return digest.hexdigest()
 

@@ -14,11 +14,17 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """Names of samples: WebDataset ends a name at its first dot, and a tar takes 100 characters with the suffix."""
 
 
+RANGE = {"first_frame": 0, "frames": 1}
+"""Numbers that a row may carry, and the least of each: a clip that is a range of a longer file."""
+
+
 def read_captions(corpus: Path) -> list[Row]:
-    """The rows of captions.jsonl by key.
+    """The rows of captions.jsonl by key, with what encoding needs: key, file, caption, and first_frame and frames
+    where the clip is a range of its file.
 
     Raises:
-        DataError: the file is missing, or a row lacks `key`, `file` or `caption`, or its key is used twice.
+        DataError: the file is missing, a row lacks `key`, `file` or `caption` or has a range that is none, or its key
+            is used twice.
     """
     path = corpus / "captions.jsonl"
     if not path.exists():
@@ -44,14 +50,21 @@ def _caption_row(content: Any) -> Row:
         raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, not a string")
     if not KEY.fullmatch(row["key"]):
         raise ValueError(f"the key {row['key']!r} is not 1 to 80 letters, digits, - or _")
+    for name, least in RANGE.items():
+        value = content.get(name)
+        if value is not None:
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}, not a number from {least} on")
+            row[name] = value
     return row
 
 
 def corpus_key(corpus: Path, rows: list[Row]) -> str:
-    """A short hash of the captions and the files' names and sizes."""
+    """A short hash of the captions, the files' names and sizes, and the ranges."""
     digest = hashlib.sha256()
     for row in rows:
         path = corpus / row["file"]
         size = path.stat().st_size if path.exists() else -1
-        digest.update(json.dumps([row["key"], row["file"], row["caption"], size]).encode())
+        of_range = [row.get(name) for name in RANGE] if row.keys() & RANGE.keys() else []
+        digest.update(json.dumps([row["key"], row["file"], row["caption"], size, *of_range]).encode())
     return digest.hexdigest()[:16]

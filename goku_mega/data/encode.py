@@ -1,121 +1,114 @@
 """A corpus to latents and text embeddings in shards; killed at any moment and run again, the same bytes.
 
-A shard is the unit of work and of resuming: which rows of captions.jsonl it holds is fixed, and it
-exists only once it is whole. Files that cannot be decoded are skipped and listed.
+Any number of commands may share an output, in the tasks of a SLURM array or by chance: each shard is made by one of
+them, and whoever finds all made writes the index. Files that cannot be decoded are skipped and listed.
 """
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import xxhash
 
 from goku_mega.config.data import EncodeConfig
 from goku_mega.data.captions import Row, corpus_key, read_captions
-from goku_mega.data.shards import (
-    DATASET,
-    INDEX,
-    NULL_TEXT,
-    TEMPORARY,
-    EncodedSample,
-    IndexRow,
-    npy,
-    write_index,
-    write_shard,
-    write_whole,
+from goku_mega.data.embeddings import CaptionEncoder, EmbeddingFolder, folder_bytes
+from goku_mega.data.encode_worker import (
+    PARTS,
+    SHARDS,
+    Encoders,
+    ShardMade,
+    ShardTask,
+    WorkerEnds,
+    is_free,
+    make_shards,
+    write_json,
 )
-from goku_mega.data.workers import end_with_parent
-from goku_mega.encoders.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, content_key
-from goku_mega.errors import DataError, MediaError
-from goku_mega.media.decode import decode_media
-
-if TYPE_CHECKING:
-    from goku_mega.encoders.text import TextEncoder
-    from goku_mega.encoders.vae import VideoVae
+from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, IndexRow, write_index
+from goku_mega.data.verify import SHARD_LIST, remade_otherwise, verify_dataset
+from goku_mega.data.whole_files import TEMPORARY, temporary_name, write_whole
+from goku_mega.data.workers import WorkerKilled, run_workers
+from goku_mega.encoders.vae import content_key
+from goku_mega.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODER = "text_encoder"
 SKIPPED = "skipped.jsonl"
-PARTS = "parts"
-SHARDS = "shards"
 CLAIM = "claim.json"
+EMBEDDINGS = "embeddings"
 
-CHUNK_BYTES = 256 * 2**20
-"""Decoded pixels a worker holds at once, to the clip."""
-
-Frames = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    """What a worker needs to make one shard."""
-
-    number: int
-    rows: tuple[Row, ...]
-    corpus: Path
-    output: Path
-    vae: str
-    text: str
-    max_frames: int
-
-    @property
-    def shard(self) -> Path:
-        return self.output / SHARDS / f"{self.number:05d}.tar"
-
-    @property
-    def part(self) -> Path:
-        """The shard's index rows and skipped files, written after it: with this file it is done."""
-        return self.output / PARTS / f"{self.number:05d}.json"
+ENCODING = 2
+"""Raised when the same settings and files begin to give other bytes."""
+WORKERS_WITHOUT_GPU = 2
+POLL_S = 1.0
+"""How often to look whether another command has let go of a shard."""
+PRELOADED = ("goku_mega.data.encode_worker", "diffusers.models.autoencoders.autoencoder_kl_cogvideox", "transformers")
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
-    """Encode every readable file of the corpus into `config.output`.
+    """Encode every readable file of the corpus into `config.output`, or verify what is there.
 
     Raises:
-        DataError: the corpus is missing or wholly unreadable, or the output holds another data set.
-        ConfigError: there is no such VAE or text encoder.
+        DataError: the corpus is missing or wholly unreadable, the output holds another data set, or it is damaged.
+        ConfigError: there is no such VAE, text encoder or device.
     """
+    if config.verify:
+        return verify_dataset(Path(config.output))
     began = time.monotonic()
     output = Path(config.output)
     rows = read_captions(Path(config.corpus))
-    _claim(output, config, rows)
-    with _alone(output):
-        if not (output / DATASET).exists():
-            tasks = _tasks(config, rows, _prepare_text(config, output, rows))
-            (output / PARTS).mkdir(exist_ok=True)
-            _run([task for task in tasks if not task.part.exists()], len(tasks), config.workers)
-            _finish(config, output, tasks)
-        shutil.rmtree(output / PARTS, ignore_errors=True)
+    devices = _devices(config)
+    _claim(output, config, rows, devices)
+    tasks = _tasks(config, rows)
+    number, parts = config.part
+    (output / PARTS).mkdir(exist_ok=True)
+    busy = _make(config, devices, tasks[number::parts], _text_encoder(config, output, rows))
+    left = [task for task in tasks if not task.is_made()]
+    if not left:
+        _finish(config, output, tasks)
+    return {"output": str(output), **_counts(output, len(tasks), left), **busy,
+            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+
+
+def _counts(output: Path, shards: int, left: list[ShardTask]) -> dict[str, Any]:
+    if left:
+        logger.info("%d of %d shards are left to other commands", len(left), shards)
+        return {"shards": shards, "shards_left": len(left)}
     dataset = json.loads((output / DATASET).read_text())
-    seconds = time.monotonic() - began
-    counts = {"samples": dataset["samples"], "skipped": dataset["skipped"]}
-    return {"output": str(output), **counts, "seconds": round(seconds, 1)}
+    return {"samples": dataset["samples"], "skipped": dataset["skipped"], "shards": shards, "shards_left": 0}
 
 
-def _tasks(config: EncodeConfig, rows: list[Row], text: str) -> list[_ShardTask]:
+def _tasks(config: EncodeConfig, rows: list[Row]) -> list[ShardTask]:
     size = config.samples_per_shard
     corpus, output = Path(config.corpus), Path(config.output)
     return [
-        _ShardTask(number, tuple(rows[start : start + size]), corpus, output, config.vae, text, config.max_frames)
+        ShardTask(number, tuple(rows[start : start + size]), corpus, output, config.max_frames)
         for number, start in enumerate(range(0, len(rows), size))
     ]
 
 
-def _claim(output: Path, config: EncodeConfig, rows: list[Row]) -> None:
+def _devices(config: EncodeConfig) -> list[str]:
+    """The devices to work on: the CPU, or every GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if config.device == "cpu" or (config.device == "auto" and not count):
+        return ["cpu"]
+    if not count:
+        raise ConfigError("device is cuda, and there is no GPU here; use device=cpu or auto")
+    return [f"cuda:{number}" for number in range(count)]
+
+
+def _claim(output: Path, config: EncodeConfig, rows: list[Row], devices: list[str]) -> None:
     """Mark the folder with what is made in it; refuse a folder in which something else was begun."""
     claim = {
         "samples_in_corpus": len(rows),
@@ -125,6 +118,8 @@ def _claim(output: Path, config: EncodeConfig, rows: list[Row]) -> None:
         "samples_per_shard": config.samples_per_shard,
         "max_frames": config.max_frames,
         "seed": config.seed,
+        "device": _kind(devices),
+        "encoding": ENCODING,
     }
     path = output / CLAIM
     if path.exists():
@@ -141,7 +136,12 @@ def _claim(output: Path, config: EncodeConfig, rows: list[Row]) -> None:
         (output / SHARDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{output}: cannot make the folder ({error.strerror}); give another output") from error
-    _write_json(path, claim)
+    write_json(path, claim)
+
+
+def _kind(devices: list[str]) -> str:
+    """cpu or cuda: their results differ in the last bits."""
+    return devices[0].partition(":")[0]
 
 
 def _check_encoders(config: EncodeConfig) -> None:
@@ -154,168 +154,175 @@ def _check_encoders(config: EncodeConfig) -> None:
         load_text_encoder(config.text)
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep a second command away while this one works on the folder."""
-    with (output / CLAIM).open() as file:
+def _text_encoder(config: EncodeConfig, output: Path, rows: list[Row]) -> str:
+    """The text encoder's place; the tiny one is made from the captions."""
+    if config.text != "tiny":
+        return config.text
+    from goku_mega.encoders.text import build_tiny_text_encoder
+
+    folder = output / TEXT_ENCODER
+    if not folder.exists():
+        temporary = output / temporary_name(TEXT_ENCODER)
+        shutil.rmtree(temporary, ignore_errors=True)
+        build_tiny_text_encoder((row["caption"] for row in rows), temporary, config.seed)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another command is encoding into {output}; wait for it, or stop it") from error
+            temporary.rename(folder)
+        except OSError:  # another command was quicker, with the same bytes
+            shutil.rmtree(temporary)
+    return str(folder)
+
+
+def _make(config: EncodeConfig, devices: list[str], tasks: list[ShardTask], text: str) -> dict[str, float]:
+    """Make the shards that are not there yet; wait for those that other commands have in hand."""
+    vae_s, total_s = 0.0, 0.0
+    while left := [task for task in tasks if not task.is_made()]:
+        free = [task for task in left if is_free(task)]
+        if not free:
+            time.sleep(POLL_S)
+            continue
+        workers = min(config.workers or (WORKERS_WITHOUT_GPU if devices == ["cpu"] else len(devices)), len(free))
+        encoders = _encoders(config, devices, text, workers)
+        if _is_text_spread(config, devices, text):
+            _embed_all(encoders[0], devices, free)
+        for ends in _run(encoders, free, len(tasks)):
+            vae_s, total_s = vae_s + ends.vae_s, total_s + ends.total_s
+    return {"vae_busy": round(vae_s / total_s, 3)} if total_s else {}
+
+
+def _encoders(config: EncodeConfig, devices: list[str], text: str, workers: int) -> list[Encoders]:
+    """What each worker loads."""
+    key = f"{content_key(text).replace('/', '--')}-{_kind(devices)}"
+    folder = Path(config.text_cache or Path(config.output) / PARTS / EMBEDDINGS) / key
+    left_bytes = max(0.0, config.text_cache_gib * 2**30 - folder_bytes(folder))
+    of_each = left_bytes / workers / config.part[1]
+    return [Encoders(config.vae, text, devices[number % len(devices)], folder, of_each) for number in range(workers)]
+
+
+def _is_text_spread(config: EncodeConfig, devices: list[str], text: str) -> bool:
+    if config.text_devices != "auto":
+        return config.text_devices == "all"
+    if len(devices) == 1:
+        return False
+    import torch
+
+    from goku_mega.encoders.text import weight_bytes
+
+    return weight_bytes(text) > torch.cuda.get_device_properties(0).total_memory / 2
+
+
+def _embed_all(encoders: Encoders, devices: list[str], tasks: list[ShardTask]) -> None:
+    """Embed the captions of all tasks, in a process that gives the devices back when it ends."""
+    captions = sorted({row["caption"] for task in tasks for row in task.rows})
+    logger.info("the text encoder goes over %d device(s) first, for %d captions", len(devices), len(captions))
+    try:
+        for _ in run_workers(_embed, [(encoders.text, devices, encoders.embeddings, captions)], load=PRELOADED):
+            pass
+    except WorkerKilled as error:
+        raise _killed() from error
+
+
+def _embed(text: str, devices: list[str], folder: Path, captions: list[str]) -> Iterator[int]:
+    import torch
+
+    torch.set_num_threads(1)
+    encoder = CaptionEncoder(text, [torch.device(name) for name in devices], EmbeddingFolder(folder, float("inf")))
+    for start in range(0, len(captions), 1024):
+        yield len(encoder.encode([*captions[start : start + 1024], ""]))
+
+
+def _run(encoders: list[Encoders], tasks: list[ShardTask], total: int) -> Iterator[WorkerEnds]:
+    """Make shards, each worker one after the other."""
+    words = run_workers(make_shards, [(of_one, tasks) for of_one in encoders], load=PRELOADED)
+    try:
+        with _progress(total, total - len(tasks)) as advance:
+            for word in words:
+                if isinstance(word, WorkerEnds):
+                    yield word
+                    continue
+                _report(word)
+                advance()
+    except WorkerKilled as error:
+        raise _killed() from error
+
+
+def _killed() -> DataError:
+    return DataError("an encoding worker was killed; run the command again to go on where it stopped")
+
+
+def _report(made: ShardMade) -> None:
+    for row in made.skipped:
+        logger.warning("skipped %s: %s", row["key"], row["reason"])
+    logger.info("shard %s is written: %d samples", made.name, made.samples)
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar on a terminal; gives what to call after each shard."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("encode shards", total=total, completed=done)
+        yield lambda: progress.advance(bar)
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    with (output / CLAIM).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _prepare_text(config: EncodeConfig, output: Path, rows: list[Row]) -> str:
-    """The text encoder's place; the tiny one is made from the captions, and the empty caption is encoded."""
-    from goku_mega.encoders.text import build_tiny_text_encoder, load_text_encoder
-
-    name = config.text
-    if name == "tiny":
-        folder = output / TEXT_ENCODER
-        if not folder.exists():
-            temporary = output / f".{TEXT_ENCODER}{TEMPORARY}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            build_tiny_text_encoder((row["caption"] for row in rows), temporary, config.seed)
-            for path in temporary.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            temporary.rename(folder)
-        name = str(folder)
-    write_whole(output / NULL_TEXT, npy(load_text_encoder(name).encode([""])[0].numpy()))
-    return name
-
-
-def _run(tasks: list[_ShardTask], total: int, workers: int) -> None:
-    """Make the shards that are not there yet, `workers` at a time."""
-    done = total - len(tasks)
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures = [pool.submit(_make_shard, task) for task in tasks]
-        try:
-            for task, future in _progress(list(zip(tasks, futures, strict=True)), done, total):
-                skipped = future.result()
-                for row in skipped:
-                    logger.warning("skipped %s: %s", row["key"], row["reason"])
-                logger.info("shard %s is written: %d samples", task.shard.name, len(task.rows) - len(skipped))
-        except BrokenProcessPool as error:
-            raise DataError("an encoding worker was killed; run the command again to go on where it stopped") from error
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def _progress(work: list[Any], done: int, total: int) -> Iterator[Any]:
-    """The work, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield from work
-    else:
-        yield from track(work, description="encode shards", console=console, total=total, completed=done)
-
-
-def _make_shard(task: _ShardTask) -> list[Row]:
-    """One shard and, after it, its part file; the skipped files."""
-    skipped: list[Row] = []
-    rows = write_shard(task.shard, _encoded(task, skipped))
-    _write_json(task.part, {"rows": rows, "skipped": skipped})
-    return skipped
-
-
-def _encoded(task: _ShardTask, skipped: list[Row]) -> Iterator[EncodedSample]:
-    """The shard's samples in order; files that cannot be decoded are added to `skipped`."""
-    vae, text = _encoders(task.vae, task.text)
-    for chunk in _chunks(_decoded(task, skipped)):
-        latents: dict[str, NDArray[np.float32]] = {}
-        for rows, clips in _by_shape(chunk):
-            latents.update(zip((row["key"] for row in rows), vae.encode(clips).numpy(), strict=True))
-        texts = text.encode([row["caption"] for row, _ in chunk])
-        for (row, _), embedding in zip(chunk, texts, strict=True):
-            yield EncodedSample(row["key"], latents[row["key"]], embedding.numpy(), row)
-
-
-def _decoded(task: _ShardTask, skipped: list[Row]) -> Iterator[tuple[Row, Frames]]:
-    for row in task.rows:
-        try:
-            yield row, fit_to_strides(decode_media(task.corpus / row["file"], max_frames=task.max_frames))
-        except MediaError as error:
-            skipped.append({"key": row["key"], "file": row["file"], "reason": str(error)})
-
-
-def _chunks(clips: Iterable[tuple[Row, Frames]]) -> Iterator[list[tuple[Row, Frames]]]:
-    """Neighbours whose pixels fit into memory together, so that a shard of long videos need not."""
-    chunk: list[tuple[Row, Frames]] = []
-    for row, frames in clips:
-        chunk.append((row, frames))
-        if sum(frames.nbytes for _, frames in chunk) >= CHUNK_BYTES:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-@functools.cache
-def _encoders(vae: str, text: str) -> tuple["VideoVae", "TextEncoder"]:
-    """A worker's networks, loaded for its first shard. One thread: workers are the parallelism."""
-    import torch
-
-    from goku_mega.encoders.text import load_text_encoder
-    from goku_mega.encoders.vae import load_vae
-
-    torch.set_num_threads(1)
-    return load_vae(vae), load_text_encoder(text)
-
-
-def fit_to_strides(frames: Frames) -> Frames:
-    """Cut a clip to 4n + 1 frames and, around its centre, to multiples of 16 px.
-
-    Raises:
-        MediaError: the picture is smaller than 16 px.
-    """
-    multiple = 2 * SPATIAL_STRIDE
-    count, height, width, _ = frames.shape
-    kept_height, kept_width = height - height % multiple, width - width % multiple
-    if not kept_height or not kept_width:
-        raise MediaError(f"{height}x{width} px is too small; {multiple} px are needed")
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    count -= (count - 1) % TEMPORAL_STRIDE
-    return frames[:count, top : top + kept_height, left : left + kept_width]
-
-
-def _by_shape(chunk: list[tuple[Row, Frames]]) -> Iterator[tuple[list[Row], list[Frames]]]:
-    """Clips of equal shape together."""
-    groups: dict[tuple[int, ...], tuple[list[Row], list[Frames]]] = {}
-    for row, frames in chunk:
-        rows, clips = groups.setdefault(frames.shape, ([], []))
-        rows.append(row)
-        clips.append(frames)
-    yield from groups.values()
-
-
-def _finish(config: EncodeConfig, output: Path, tasks: list[_ShardTask]) -> None:
+def _finish(config: EncodeConfig, output: Path, tasks: list[ShardTask]) -> None:
     """The index over all shards, then dataset.json: with it the data set is complete."""
-    parts = [json.loads(task.part.read_text()) for task in tasks]
+    with _locked(output):
+        if (output / DATASET).exists():
+            otherwise = remade_otherwise(output, [json.loads(path.read_text()) for path in _parts(output)])
+        else:
+            otherwise = []
+            _write_lists(config, output, [json.loads(task.part.read_text()) for task in tasks])
+        shutil.rmtree(output / PARTS, ignore_errors=True)
+    if otherwise:
+        raise DataError(
+            f"{', '.join(otherwise)} of {output}: made again, with other bytes than before; were the files of the "
+            "corpus or the versions of the libraries changed? Encode into another output"
+        )
+
+
+def _parts(output: Path) -> list[Path]:
+    return sorted((output / PARTS).glob("*.json"))
+
+
+def _write_lists(config: EncodeConfig, output: Path, parts: list[dict[str, Any]]) -> None:
     rows = [IndexRow(*row) for part in parts for row in part["rows"]]
     skipped = [row for part in parts for row in part["skipped"]]
     if not rows:
         _discard(output)
         raise DataError(f"no file of {config.corpus} can be decoded; the first: {skipped[0]['reason']}")
     write_whole(output / SKIPPED, "".join(json.dumps(row) + "\n" for row in skipped).encode())
+    write_json(output / SHARD_LIST, [part["shard"] for part in parts])
     write_index(output / INDEX, rows)
     for path in (*output.glob(f".*{TEMPORARY}"), *(output / SHARDS).glob(f".*{TEMPORARY}")):
-        path.unlink(missing_ok=True)  # of commands that were killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # of commands that were killed
     dataset = {
         "samples": len(rows),
         "skipped": len(skipped),
+        "shards": len(parts),
         "latent_channels": rows[0].channels,
         "text_width": int(np.load(output / NULL_TEXT).shape[1]),
         "vae": _place(config.vae),
         "vae_key": content_key(config.vae),
         "text": TEXT_ENCODER if config.text == "tiny" else _place(config.text),
+        "xxh3_128": {
+            name: xxhash.xxh3_128_hexdigest((output / name).read_bytes())
+            for name in (INDEX, NULL_TEXT, SHARD_LIST, SKIPPED)
+        },
     }
-    _write_json(output / DATASET, dataset)
+    write_json(output / DATASET, dataset)
 
 
 def _place(name_or_path: str) -> str:
@@ -332,7 +339,3 @@ def _discard(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         output.rmdir()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

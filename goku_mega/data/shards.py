@@ -3,15 +3,15 @@
 Reading goes straight to the bytes: no scan, any order.
 """
 
+import hashlib
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as arrow
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 
+from goku_mega.data.insisting import USUAL_RULES, ReadRules
+from goku_mega.data.shard_store import ByteRange, Fetch, ShardStore, open_store
+from goku_mega.data.whole_files import appearing, write_whole
 from goku_mega.errors import DataError
 from goku_mega.model.sizes import ModelShape
 from goku_mega.plan.flops import training_flops
@@ -28,10 +31,8 @@ INDEX = "index.parquet"
 DATASET = "dataset.json"
 NULL_TEXT = "null_text.npy"
 
-TEMPORARY = ".tmp"
-"""How the name of a file ends that is not whole yet."""
-MAX_OPEN_SHARDS = 256
-"""Fewer than the open files that systems allow a process by default."""
+
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
 
 class Sample(NamedTuple):
@@ -72,7 +73,11 @@ class IndexRow(NamedTuple):
 class Index:
     """The samples of a data set, by number."""
 
-    path: Path
+    place: str
+    """The folder, or an fsspec URL."""
+    identity: str
+    """A hash of the place and of the data set's lists: tells it from others, and from itself encoded anew."""
+    null_text: Tensor  # [text_tokens, text_width] float32
     dataset: dict[str, Any]
     rows: tuple[IndexRow, ...]
 
@@ -98,22 +103,37 @@ class Index:
         return np.array([training_flops(tokens, row.text_tokens, shape) for tokens, row in counts], dtype=np.int64)
 
 
-def load_index(path: Path) -> Index:
+def load_index(place: str | Path, rules: ReadRules = USUAL_RULES) -> Index:
     """Open a data set written by `goku-mega encode`.
 
+    Args:
+        place: a folder, or an fsspec URL.
+
     Raises:
-        DataError: there is none, it is not finished, or its index is damaged.
+        DataError: there is none, it is not finished, its index is damaged, or its storage fails.
     """
-    for name in (DATASET, INDEX, NULL_TEXT):
-        if not (path / name).exists():
-            command = f"goku-mega encode --corpus FOLDER --output {path}"
-            raise DataError(f"{path / name} is missing; make the data set with `{command}`")
+    store = open_store(place, rules)
+    contents = {}
+    try:
+        for name in (DATASET, INDEX, NULL_TEXT):
+            contents[name] = store.content(name)
+    except FileNotFoundError:
+        command = f"goku-mega encode --corpus FOLDER --output {place}"
+        raise DataError(f"{store}/{name} is missing; make the data set with `{command}`") from None
+    finally:
+        store.close()
     try:
         # Not by `read_table`: it imports the half of pyarrow that a start of a rank can do without.
-        table = parquet.ParquetFile(path / INDEX).read().to_pylist()
-        return Index(path, json.loads((path / DATASET).read_text()), tuple(IndexRow(**row) for row in table))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} has a damaged {INDEX} or {DATASET} ({error}); remove it and encode again") from error
+        table = parquet.ParquetFile(arrow.BufferReader(contents[INDEX])).read().to_pylist()
+        rows = tuple(IndexRow(**row) for row in table)
+        dataset = json.loads(contents[DATASET])
+        null_text = _tensor(memoryview(bytearray(contents[NULL_TEXT])))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise DataError(
+            f"{place} has a damaged {INDEX}, {DATASET} or {NULL_TEXT} ({error}); remove it and encode again"
+        ) from error
+    identity = hashlib.sha256(b"\0".join([str(store).encode(), *contents.values()])).hexdigest()[:16]
+    return Index(str(place), identity, null_text, dataset, rows)
 
 
 def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
@@ -123,69 +143,115 @@ def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears with all its bytes, by a rename."""
-    with _appearing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file under a name of this process's own until all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class ShardReader:
-    """Reads samples at their offsets; keeps the shards it reads from open. For one thread."""
+    """Reads samples at their offsets. For one thread; the store may use more of its own."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, store: ShardStore | None = None) -> None:
+        """
+        Args:
+            store: where the shards are, with its threads and its cache; None: the index's place.
+        """
         self.index = index
-        self.null_text = torch.from_numpy(np.load(index.path / NULL_TEXT).astype(np.float32))
-        self._files: dict[str, int] = {}
+        self.store = store or open_store(index.place)
 
     def read(self, number: int) -> Sample:
         """Sample `number` of the index.
 
         Raises:
-            DataError: the shard is missing or shorter than the index says.
+            DataError: the shard is missing, shorter than the index says or damaged, or its storage fails.
         """
-        row = self.index.rows[number]
-        latent = self._array(row.shard, row.latent_offset, row.latent_bytes)
-        return Sample(row.key, latent, self._array(row.shard, row.text_offset, row.text_bytes))
+        return self.start([number])(number)
+
+    def start(self, numbers: Sequence[int]) -> Callable[[int], Sample]:
+        """Begin to read samples that will be wanted soon; what it returns gives each of them once, like `read`."""
+        fetch = self.store.start([_range(self.index.rows[number]) for number in numbers])
+        return partial(self._sample, fetch)
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.store.close()
 
-    def _array(self, shard: str, offset: int, size: int) -> Tensor:
-        path = self.index.path / shard
+    def _sample(self, fetch: Fetch, number: int) -> Sample:
+        row = self.index.rows[number]
+        wanted = _range(row)
         try:
-            if shard not in self._files:
-                if len(self._files) == MAX_OPEN_SHARDS:
-                    os.close(self._files.pop(next(iter(self._files))))
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            data = os.pread(self._files[shard], size, offset)
-            return torch.from_numpy(np.load(io.BytesIO(data)).astype(np.float32))
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read at byte {offset} ({error}); encode the data set again") from error
+            content = fetch(wanted)
+            arrays = (
+                _tensor(content[offset - wanted.start :][:size])
+                for offset, size in ((row.latent_offset, row.latent_bytes), (row.text_offset, row.text_bytes))
+            )
+            return Sample(row.key, *arrays)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.store}/{row.shard} is missing; put it back, or encode the data set again"
+            ) from error
+        except ValueError as error:
+            raise DataError(
+                f"{self.store}/{row.shard} cannot be read at byte {wanted.start} ({error}); encode the data set again"
+            ) from error
 
 
-def write_shard(path: Path, samples: Iterable[EncodedSample]) -> list[IndexRow]:
+def _range(row: IndexRow) -> ByteRange:
+    """The sample's arrays, which are neighbours, and what is between them."""
+    start = min(row.latent_offset, row.text_offset)
+    end = max(row.latent_offset + row.latent_bytes, row.text_offset + row.text_bytes)
+    return ByteRange(row.shard, start, end - start)
+
+
+def _tensor(content: memoryview) -> Tensor:
+    """The array of a .npy file in fp32, in the same memory where it is fp32 already.
+
+    Raises:
+        ValueError: it is none, or not whole.
+    """
+    if content[: len(_NPY_MAGIC)] != _NPY_MAGIC:
+        raise ValueError("no array begins there")
+    start = len(_NPY_MAGIC) + 2 + int.from_bytes(content[len(_NPY_MAGIC) :][:2], "little")
+    dtype, shape = _npy_header(bytes(content[:start]))
+    return torch.from_numpy(np.frombuffer(content[start:], dtype).reshape(shape).astype(np.float32, copy=False))
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """What the beginning of a .npy file says; the shapes of a data set are few, and reading it takes long."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if in_columns:
+        raise ValueError("its numbers are in the order of columns")
+    return dtype, shape
+
+
+class Digest(Protocol):
+    """A hash on its way, of hashlib's manner."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class _Watched:
+    """A file whose bytes go into a hash as they are written."""
+
+    def __init__(self, file: BinaryIO, digest: Digest) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def write_shard(path: Path, samples: Iterable[EncodedSample], digest: Digest | None = None) -> list[IndexRow]:
     """Write samples as a tar of KEY.latent.npy, KEY.text.npy and KEY.json: the same bytes for the same samples.
 
     The shard appears whole, by a rename. The rows' shard is relative to the data set's folder.
+
+    Args:
+        digest: is given every byte that is written.
     """
     rows: list[IndexRow] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _appearing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with appearing(path) as file, _tar(file if digest is None else _Watched(file, digest)) as tar:
         for sample in samples:
             latent_at, latent_bytes = _add(tar, f"{sample.key}.latent.npy", npy(sample.latent))
             text_at, text_bytes = _add(tar, f"{sample.key}.text.npy", npy(sample.text))
@@ -198,6 +264,10 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> list[IndexRow]:
                 )
             )  # fmt: skip
     return rows
+
+
+def _tar(file: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
 
 
 def npy(array: NDArray[np.float32]) -> bytes:

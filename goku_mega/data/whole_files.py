@@ -1,6 +1,7 @@
 """Files that appear with all their bytes, by a rename, whatever is killed when."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
     """A file under a name of this process's own until all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as file:
             yield file
@@ -28,3 +29,8 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """A name that no other process, on this node or another, gives."""
+    return f".{name}.{platform.node()}.{os.getpid()}{TEMPORARY}"

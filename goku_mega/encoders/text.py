@@ -1,4 +1,7 @@
-"""Captions to embeddings: Flan-T5's encoder through transformers, or a tiny T5 for the quickstart."""
+"""Captions to embeddings: Flan-T5's encoder through transformers, or a tiny T5 for the quickstart.
+
+A caption's bytes depend on itself alone: every batch has the same number of captions, and a length that is a multiple.
+"""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -16,15 +19,27 @@ TINY_WIDTH = 64
 TINY_VOCABULARY = 2048
 SENTENCE_ENDS = (",", ".", "!", "?")
 MAX_TEXT_TOKENS = 512
+BATCH_CAPTIONS = 8
+"""Captions that go through together, always as many: matrix products of other sizes differ in their last bits."""
+LENGTH_STEP_TOKENS = 16
+"""Captions are batched with those of the same length, rounded up to this; what fills them up is masked out."""
 
 
 class TextEncoder:
     """A frozen T5 encoder with its tokenizer."""
 
-    def __init__(self, tokenizer: Any, model: Any, device: torch.device) -> None:
+    def __init__(self, tokenizer: Any, model: Any, devices: Sequence[torch.device]) -> None:
+        """
+        Args:
+            devices: more than one: the layers are spread over them, one run of layers each.
+        """
         self.tokenizer = tokenizer
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.device = device
+        self.model = model.eval().requires_grad_(False)
+        self.device = devices[0]
+        if len(devices) == 1:
+            self.model.to(self.device)
+        else:
+            _spread(self.model, devices)
 
     @property
     def width(self) -> int:
@@ -34,19 +49,67 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Each caption's embeddings [text_tokens, width], fp32 on the host, without padding.
 
-        One caption at a time: the same bytes whatever its neighbours are.
+        The same bytes whatever its neighbours are.
         """
+        distinct = list(dict.fromkeys(captions))
+        tokens: list[list[int]] = self.tokenizer(distinct, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]
+        by_length: dict[int, list[int]] = {}
+        for number, ids in enumerate(tokens):
+            by_length.setdefault(-(-len(ids) // LENGTH_STEP_TOKENS) * LENGTH_STEP_TOKENS, []).append(number)
         known: dict[str, Tensor] = {}
-        for caption in captions:
-            if caption not in known:
-                tokens = self.tokenizer(caption, return_tensors="pt", truncation=True, max_length=MAX_TEXT_TOKENS)
-                hidden = self.model(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state
-                known[caption] = hidden[0].float().cpu()
+        for length, numbers in by_length.items():
+            for start in range(0, len(numbers), BATCH_CAPTIONS):
+                batch = numbers[start : start + BATCH_CAPTIONS]
+                embeddings = self._encode_batch([tokens[number] for number in batch], length)
+                known.update(zip((distinct[number] for number in batch), embeddings, strict=True))
         return [known[caption] for caption in captions]
 
+    def _encode_batch(self, tokens: list[list[int]], length: int) -> list[Tensor]:
+        ids = torch.zeros(BATCH_CAPTIONS, length, dtype=torch.long)
+        real = torch.zeros_like(ids)
+        filled = [*tokens, *[tokens[0]] * (BATCH_CAPTIONS - len(tokens))]
+        for number, row in enumerate(filled):
+            ids[number, : len(row)] = torch.tensor(row)
+            real[number, : len(row)] = 1
+        output = self.model(input_ids=ids.to(self.device), attention_mask=real.to(self.device)).last_hidden_state
+        hidden = output.float().cpu()  # [BATCH_CAPTIONS, length, width]
+        return [hidden[number, : len(row)].clone() for number, row in enumerate(tokens)]
 
-def load_text_encoder(name_or_path: str, device: torch.device | None = None) -> TextEncoder:
+
+def _spread(model: Any, devices: Sequence[torch.device]) -> None:
+    """Put the encoder's layers on several devices, and bring each layer's inputs to where it is."""
+    stack = model.encoder
+    layers = list(stack.block)
+    model.shared.to(devices[0])
+    stack.embed_tokens.to(devices[0])
+    places = [devices[number * len(devices) // len(layers)] for number in range(len(layers))]
+    for module, device in [*zip(layers, places, strict=True), (stack.final_layer_norm, places[-1])]:
+        module.to(device)
+        module.register_forward_pre_hook(_bring_to(device), with_kwargs=True)
+
+
+def _bring_to(device: torch.device) -> Any:
+    def bring(module: Any, arguments: Any, keywords: Any) -> Any:
+        return _moved(arguments, device), _moved(keywords, device)
+
+    return bring
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value
+
+
+def load_text_encoder(name_or_path: str, *devices: torch.device) -> TextEncoder:
     """Load a T5 encoder: a folder or a hub name (`google/flan-t5-xl`).
+
+    Args:
+        devices: the CPU without any; several share the layers.
 
     Raises:
         ConfigError: there is no such encoder.
@@ -68,7 +131,17 @@ def load_text_encoder(name_or_path: str, device: torch.device | None = None) -> 
         raise ConfigError(
             f"text encoder {name_or_path!r} has no vocabulary: put T5's spiece.model beside its config.json"
         )
-    return TextEncoder(tokenizer, model, device or torch.device("cpu"))
+    return TextEncoder(tokenizer, model, devices or (torch.device("cpu"),))
+
+
+def weight_bytes(name_or_path: str) -> int:
+    """Bytes of an encoder's weights in fp32, from its configuration."""
+    from transformers import T5Config, T5EncoderModel
+
+    local = is_out_of_reach(name_or_path)
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config.from_pretrained(name_or_path, local_files_only=local))
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def build_tiny_text_encoder(captions: Iterable[str], folder: Path, seed: int) -> None:
@@ -80,8 +153,9 @@ def build_tiny_text_encoder(captions: Iterable[str], folder: Path, seed: int) ->
     Raises:
         DataError: there are no words in the captions.
     """
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer, logging
 
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(_train_vocabulary(sorted(set(captions))))
     # transformers ignores a model given as `vocab_file`; it takes the one it finds in the folder.

@@ -3,7 +3,10 @@
 The noise of a sample belongs to its own seed, so what is sampled beside it changes nothing.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.config.sampling import SampleConfig
 from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
+from goku_mega.data.shard_store import fetch_folder, is_local
 from goku_mega.encoders.text import TextEncoder, load_text_encoder
 from goku_mega.encoders.vae import VideoVae, content_key, latent_shape, load_vae
 from goku_mega.errors import CheckpointError, MediaError
@@ -216,7 +220,18 @@ def _encoders(dataset: dict[str, Any], checkpoint: Folder) -> tuple[str, str]:
             f"{checkpoint} was trained on latents of the VAE {vae!r}, whose weights are gone or have changed; "
             "put them back, or encode and train again"
         )
-    inside = Path(dataset["path"]) / text
-    if text == TEXT_ENCODER and not inside.exists():
-        raise CheckpointError(f"{checkpoint} needs its data set's text encoder, but {inside} is gone; encode again")
-    return vae, str(inside) if inside.exists() else text
+    inside = _inside(dataset["path"], text)
+    if text == TEXT_ENCODER and inside is None:
+        gone = f"{dataset['path']}/{text}"
+        raise CheckpointError(f"{checkpoint} needs its data set's text encoder, but {gone} is gone; encode again")
+    return vae, text if inside is None else str(inside)
+
+
+def _inside(place: str, text: str) -> Path | None:
+    """A text encoder that lies in a data set; from behind a URL it is copied for as long as the process lives."""
+    if is_local(place):
+        folder = Path(place) / text
+        return folder if folder.exists() else None
+    copy = tempfile.mkdtemp(prefix="goku_mega_text_")
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    return fetch_folder(place, text, Path(copy))

@@ -29,6 +29,7 @@ from goku_mega.config.training import FlowRun, Precision
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.planner import data_step, same_history
+from goku_mega.data.shard_store import full_place
 from goku_mega.data.shards import Index, load_index
 from goku_mega.errors import ConfigError, OtherHistory, UnusableStep
 from goku_mega.flow.path import velocity_loss
@@ -205,6 +206,7 @@ def train(run: FlowRun) -> dict[str, Any]:
             metrics.record(
                 clock.row(batch, result, data_s=loader.wait_s, checkpoint_s=saving_s + trainer.fence_s)
                 | {"checkpoint_failures": saver.failures, "checkpoint_waits": saver.waits}
+                | {"read_failures": loader.counts.failures, "slow_reads": loader.counts.slow}
             )
             steps_done, saving_s = batch.step + 1, 0.0
             is_last = steps_done == run.steps or result.stop == "save"
@@ -241,7 +243,7 @@ def start_heartbeat(run: FlowRun) -> Heartbeat:
 def assemble(run: FlowRun) -> tuple[Trainer, Index, ModelShape]:
     """The process groups of the run's layout and its model in them, with its initial weights; what it trains on."""
     device = initialise_distributed(run.threads_per_rank)
-    index = load_index(Path(run.data.path))
+    index = load_index(run.data.path)
     shape = model_shape(run.size, latent_channels=index.latent_channels, text_width=index.text_width)
     layout = resolve(run.layout, dist.get_world_size(), shape)
     stored, computed = dtypes(run.precision, device)
@@ -391,7 +393,7 @@ def describe(run: FlowRun, shape: ModelShape, index: Index, layout: str) -> dict
         "run": asdict(run),
         "model": describe_model(run.size, shape),
         "layout": layout,
-        "dataset": {**index.dataset, "path": str(Path(run.data.path).resolve())},
+        "dataset": {**index.dataset, "path": full_place(run.data.path)},
     }
 
 

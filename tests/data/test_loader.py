@@ -1,14 +1,17 @@
 """The loader: every rank gets its part of the same step, ahead of time, however the run got there."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faulty_store import reads_meet, upload
 
 from goku_mega.config.training import AuditConfig, DataConfig, FlowRun
+from goku_mega.data import insisting, shard_store
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.shards import DATASET, INDEX, NULL_TEXT, EncodedSample, load_index, write_index, write_shard
@@ -47,7 +50,7 @@ def groups_of(layout: Layout, *, dp_rank: int = 0, cp_rank: int = 0) -> Groups:
     return replace(single_process_groups(), layout=layout, dp_rank=dp_rank, cp_rank=cp_rank)
 
 
-def loader(dataset: Path, *, start_step: int = 0, groups: Groups | None = None, **data) -> Loader:
+def loader(dataset: Path | str, *, start_step: int = 0, groups: Groups | None = None, **data) -> Loader:
     run = FlowRun(run_dir="unused", steps=12, data=DataConfig(path=str(dataset), samples_per_step=5, **data))
     return Loader(
         load_index(dataset), run, SHAPE, groups=groups or single_process_groups(), start_step=start_step,
@@ -142,6 +145,94 @@ def test_in_audited_steps_a_rank_has_a_pack_of_the_next_ones(dataset):
         assert torch.equal(again.packed.patches, first.packed.patches)
         assert torch.equal(again.velocity, first.velocity)
     assert [len(part.load(step).to_audit) for part in parts[:1] for step in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def url(dataset) -> str:
+    """The same data set in a store."""
+    return upload(dataset, "faulty://loader/data")
+
+
+@pytest.mark.parametrize("settings", [
+    {"read_threads": 1}, {"read_threads": 8, "prefetch_steps": 5}, {"prefetch_steps": 0},
+    {"cache_gb": 5e-5}, {"cache_gb": 1.0, "read_threads": 3},
+])  # fmt: skip
+def test_the_steps_are_the_same_bits_from_any_storage(dataset, url, tmp_path, settings):
+    """With and without a cache, which may be smaller than the data set, and whatever the store does wrong."""
+    if "cache_gb" in settings:
+        settings = {**settings, "cache_folder": str(tmp_path)}
+
+    def every_fifth_fails(path: str, number: int) -> None:
+        if number % 5 == 0:
+            raise TimeoutError
+
+    with loader(dataset) as steps:
+        expected = list(steps)
+    with reads_meet(every_fifth_fails), loader(url, **settings) as steps:
+        found = list(steps)
+    for one, other in zip(expected, found, strict=True):
+        assert_equal(one, other)
+    assert steps.counts.failures > 0
+    assert steps.counts.cache_hits > 0 or settings.get("cache_gb") != 1.0
+
+
+def test_a_cache_that_holds_the_data_set_saves_the_store_every_read(url, tmp_path):
+    settings = {"cache_folder": str(tmp_path), "prefetch_steps": 1}
+    with loader(url, **settings) as steps:
+        list(steps)
+    with reads_meet(lambda path, number: None) as reads, loader(url, **settings) as steps:
+        list(steps)
+    assert not [path for path in reads if path.endswith(".tar")]
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_no_more_is_read_ahead_than_the_settings_say(url, prefetch, monkeypatch):
+    monkeypatch.setattr(shard_store, "JOINED_GAP_BYTES", -1)  # a request for every sample
+    plans = loader(url)
+    sizes = [plans.load(step).samples for step in range(12)]
+    with reads_meet(lambda path, number: None) as reads, loader(url, prefetch_steps=prefetch) as steps:
+        batches, allowed = iter(steps), 0
+        reads.clear()  # of the index
+        for step in range(4):
+            next(batches)
+            # One is packed and waits for its place.
+            allowed = sum(sizes[: step + 2 + 2 * prefetch])
+            settled = -1
+            while settled != len(reads):
+                settled = len(reads)
+                time.sleep(0.05)
+        shards = [path for path in reads if path.endswith(".tar")]
+        assert sum(sizes[:4]) < len(shards) <= allowed
+
+
+def test_leaving_a_loader_whose_store_hangs_does_not_wait_for_it(url):
+    over = threading.Event()
+
+    def hang(path: str, number: int) -> None:
+        if path.endswith(".tar"):
+            over.wait(60)
+
+    with reads_meet(hang):
+        began = time.monotonic()
+        with loader(url):
+            pass
+        assert time.monotonic() - began < 30
+        over.set()
+
+
+def test_a_store_that_stays_away_ends_the_run_with_one_line(url, monkeypatch):
+    monkeypatch.setattr(insisting, "FIRST_PAUSE_S", 0.001)
+
+    def away(path: str, number: int) -> None:
+        if path.endswith(".tar"):
+            raise ConnectionResetError("the store is away")
+
+    with (
+        reads_meet(away),
+        pytest.raises(DataError, match=r"\.tar cannot be read at byte .*the store is away\), 3 times over"),
+        loader(url, read_retries=2) as steps,
+    ):
+        list(steps)
 
 
 def test_an_epoch_has_every_sample_once(dataset):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_mega.data import shards
+from goku_mega.data import shard_store
 from goku_mega.data.packing import patchify
 from goku_mega.data.shards import NULL_TEXT, EncodedSample, ShardReader, load_index, write_index, write_shard
 from goku_mega.errors import DataError
@@ -69,6 +70,39 @@ def test_a_data_set_that_is_not_there_or_not_whole_is_refused_with_the_command(d
         reader.read(19)
 
 
+def test_a_damaged_array_and_a_missing_shard_are_named(dataset):
+    index = load_index(dataset)
+    shard, row = dataset / index.rows[3].shard, index.rows[3]
+    whole = shard.read_bytes()
+    for damaged in (
+        whole[: row.latent_offset] + b"?" + whole[row.latent_offset + 1 :],  # no array begins there
+        whole.replace(b"(16, 1, 4, 6)", b"(16, 1, 4, 5)"),  # as many numbers as it has not
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"00000\.tar cannot be read at byte .*; encode the data set again"):
+            ShardReader(index).read(3)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00000\.tar is missing; put it back, or encode the data set again"):
+        ShardReader(index).read(3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_arrays_of_another_precision_are_read_as_fp32(tmp_path, dataset, dtype):
+    samples = [sample._replace(latent=sample.latent.astype(dtype)) for sample in make_samples(4)]
+    write_index(dataset / "index.parquet", write_shard(dataset / "shards" / "half.tar", samples))
+    latent = ShardReader(load_index(dataset)).read(2).latent
+    assert torch.equal(latent, torch.from_numpy(samples[2].latent.astype(np.float32)))
+
+
+def test_a_data_set_is_known_by_its_place_and_its_content(dataset, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copies") / "copy"
+    shutil.copytree(dataset, copy)
+    assert load_index(dataset).identity == load_index(f"file://{dataset}").identity != load_index(copy).identity
+    before = load_index(dataset).identity
+    (dataset / "dataset.json").write_text('{"latent_channels": 16, "text_width": 64, "vae_key": "other"}')
+    assert load_index(dataset).identity != before
+
+
 def open_shards(dataset: Path) -> list[str]:
     """The shards of this data set that this process holds open; what others open and close does not count."""
     found = []
@@ -79,7 +113,7 @@ def open_shards(dataset: Path) -> list[str]:
 
 
 def test_more_shards_than_may_be_open_are_read_in_any_order(dataset, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_store, "MAX_OPEN_SHARDS", 1)
     reader = ShardReader(load_index(dataset))
     for number in (0, 15, 3, 19, 0):
         assert torch.equal(reader.read(number).latent, torch.from_numpy(make_samples(20)[number].latent))

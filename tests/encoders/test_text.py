@@ -1,6 +1,7 @@
 """The text encoder: words stay apart, no padding, the same bytes in any company and on any day."""
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from goku_mega.data.shapes import COLORS, MOTIONS, SHAPES, all_objects, caption
 from goku_mega.data.shapes import Scene as ShapeScene
-from goku_mega.encoders.text import TextEncoder, build_tiny_text_encoder, load_text_encoder
+from goku_mega.encoders.text import TextEncoder, build_tiny_text_encoder, load_text_encoder, weight_bytes
 from goku_mega.encoders.vae import content_key
 from goku_mega.errors import ConfigError, DataError
 
@@ -51,6 +52,48 @@ def test_a_caption_has_the_same_bytes_in_any_company(text):
     assert [len(embedding) for embedding in together] == [6, 1, 9, 6]
     assert all(torch.equal(a, text.encode([b])[0]) for a, b in zip(together, captions, strict=True))
     assert all(embedding.dtype == torch.float32 and embedding.shape[1] == 64 for embedding in together)
+
+
+def test_batches_of_any_captions_in_any_order_give_a_caption_the_same_bytes(text, captions):
+    """Of all lengths: each caption is drawn again with others, more than a batch of them, and alone."""
+    draw = random.Random(0)
+    pool = [" ".join(draw.choices(" ".join(captions).split(), k=draw.randrange(0, 70))) for _ in range(40)]
+    first = dict(zip(pool, text.encode(pool), strict=True))
+    for _ in range(4):
+        some = draw.sample(pool, draw.randrange(1, len(pool)))
+        assert all(torch.equal(a, first[b]) for a, b in zip(text.encode(some), some, strict=True))
+    assert len({len(embedding) for embedding in first.values()}) > 20
+
+
+def test_what_fills_a_batch_up_changes_nothing(text):
+    """As the model gives it for a caption alone, without padding, to rounding."""
+    for words in (3, 15, 16, 40):
+        caption = " ".join(["red circle moving"] * words)[: 7 * words]
+        ids = text.tokenizer(caption, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            alone = text.model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(text.encode([caption])[0], alone, rtol=0, atol=1e-5)
+
+
+def test_layers_on_several_devices_give_the_same_bytes(folder, text):
+    spread = load_text_encoder(str(folder), torch.device("cpu"), torch.device("cpu", 0))
+    captions = ["a red circle moving left", ""]
+    assert all(torch.equal(a, b) for a, b in zip(spread.encode(captions), text.encode(captions), strict=True))
+
+
+def test_what_a_layer_needs_is_brought_to_its_device(folder):
+    """The last layers on torch's device without numbers: their inputs must have come there."""
+    spread = load_text_encoder(str(folder), torch.device("cpu"), torch.device("meta"))
+    places = [next(layer.parameters()).device.type for layer in spread.model.encoder.block]
+    assert places == ["cpu", "meta"]
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        hidden = spread.model(input_ids=ids, attention_mask=ids).last_hidden_state
+    assert hidden.device.type == "meta" and hidden.shape == (1, 4, 64)
+
+
+def test_bytes_of_the_weights_are_known_without_loading_them(folder, text):
+    assert weight_bytes(str(folder)) == sum(part.numel() * 4 for part in text.model.parameters())
 
 
 def test_a_word_is_found_again_in_sentences_it_was_not_fitted_on(text):
