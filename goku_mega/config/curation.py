@@ -120,7 +120,7 @@ class OcrConfig:
 
     enabled: bool = True
     min_confidence: float = 0.5
-    """Boxes that the detector is less sure of are no text."""
+    """Boxes are no text of which the detector is less sure, or of which the letters that are read in them are."""
 
     def __post_init__(self) -> None:
         require(0 <= self.min_confidence <= 1, f"ocr.min_confidence is {self.min_confidence}; use 0 to 1")

@@ -19,6 +19,8 @@ from goku_mega.curate.balance import balance, parse_weights
 from goku_mega.curate.manifest import Verdicts, judge_all
 from goku_mega.curate.motion_text import with_motion
 from goku_mega.curate.pipeline import standard_path
+from goku_mega.curate.report import ReportData, write_report
+from goku_mega.curate.rules import Reasons
 from goku_mega.curate.scores import ScoreStore
 from goku_mega.curate.stage_keys import stage_keys
 from goku_mega.curate.stages.tags import OTHER, read_classes
@@ -27,6 +29,12 @@ from goku_mega.data.whole_files import write_whole
 MANIFEST = "manifest.parquet"
 SOURCES = "sources.parquet"
 CAPTIONS = "captions.jsonl"
+REPORT = "report"
+BOUNDS = {
+    "similarity": ("similarity_min",), "motion_px": ("motion_min_px", "motion_max_px"), "ocr": ("ocr_max",),
+    "aesthetic": ("aesthetic_min",),
+}  # fmt: skip
+"""Score -> its thresholds in a tier."""
 
 
 def write_outputs(
@@ -39,6 +47,7 @@ def write_outputs(
     clips = _with_repeats(verdicts, config)
     _write_table(output / SOURCES, verdicts.sources)
     _write_table(output / MANIFEST, clips)
+    write_report(output / REPORT, _report(verdicts, clips, config))
     write_whole(output / CAPTIONS, _caption_lines(clips, verdicts.sources, store, keys, config))
     return _counts(verdicts)
 
@@ -130,6 +139,53 @@ def _write_table(path: Path, table: arrow.Table) -> None:
     buffer = io.BytesIO()
     parquet.write_table(table.replace_schema_metadata(None), buffer)
     write_whole(path, buffer.getvalue())
+
+
+def _report(verdicts: Verdicts, clips: arrow.Table, config: CurateConfig) -> ReportData:
+    scores = [*BOUNDS, "nsfw", "watermark"]
+    tiers = config.thresholds.tiers
+    marks = {
+        score: [(name, getattr(tier, bound)) for name, tier in tiers.items() for bound in bounds]
+        for score, bounds in BOUNDS.items()
+    }
+    before, after = _classes(clips) if "primary" in clips.column_names else ({}, {})
+    return ReportData(
+        funnel={name: _funnel(verdicts, reasons) for name, reasons in verdicts.by_tier.items()},
+        scores={
+            name: clips[name].cast(arrow.float64()).to_numpy(zero_copy_only=False)
+            for name in scores
+            if name in clips.column_names
+        },
+        thresholds=marks | {"nsfw": [("all", config.thresholds.nsfw_max)],
+                            "watermark": [("all", config.thresholds.watermark_max)]},
+        classes_before=before, classes_after=after,
+    )  # fmt: skip
+
+
+def _funnel(verdicts: Verdicts, reasons: Reasons) -> list[tuple[str, int]]:
+    """What is left after each rule that took any: first of sources, then of the clips that they were cut into."""
+    left = len(verdicts.sources)
+    steps = [("sources", left)]
+    for row in _by_reason("source", verdicts.sources["reason"]):
+        left -= row["refused"]
+        steps.append((row["reason"], left))
+    left = len(reasons.codes)
+    steps.append(("clips", left))
+    counts = np.bincount(reasons.codes, minlength=len(reasons.texts))
+    for text, count in list(zip(reasons.texts, counts.tolist(), strict=True))[1:]:
+        if count:
+            left -= count
+            steps.append((text, left))
+    return steps
+
+
+def _classes(clips: arrow.Table) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+    """Clips of each class that are kept, and how many there are when each counts as often as it is taken."""
+    kept = clips.filter(compute.and_(compute.not_equal(clips["tier"], ""), compute.is_valid(clips["primary"])))
+    table = kept.select(["primary", "subclass", "repeat"]).group_by(["primary", "subclass"])
+    rows = table.aggregate([("repeat", "sum"), ("repeat", "count")]).to_pylist()
+    before = {(row["primary"], row["subclass"]): row["repeat_count"] for row in rows}
+    return before, {(row["primary"], row["subclass"]): row["repeat_sum"] for row in rows}
 
 
 def _counts(verdicts: Verdicts) -> dict[str, Any]:

@@ -107,15 +107,18 @@ def fetch_folder(place: str, name: str, target: Path) -> Path | None:
     """A folder of a data set that is behind a URL, copied into `target`; None where there is no such folder.
 
     Raises:
-        DataError: the URL cannot be used.
+        DataError: the URL cannot be used, or its storage fails.
     """
     _check_driver(place)
-    files, path = _driver(place)
-    inside = f"{path.rstrip('/')}/{name}"
-    if not files.isdir(inside):
-        return None
-    files.get(inside, str(target / name), recursive=True)
-    return target / name
+    store = RemoteStore(place)
+    try:
+        files = store.files_in(name)
+        for file in files:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (target / file).write_bytes(store.content(file))
+    finally:
+        store.close()
+    return target / name if files else None
 
 
 class LocalStore:
@@ -229,6 +232,23 @@ class RemoteStore:
         content = self._insistence.until_done_in_time(f"{url} cannot be read", ask)
         self._insistence.count(requests=1, bytes=len(content))
         return content
+
+    def files_in(self, folder: str) -> list[str]:
+        """All files of a folder of the data set, by their names in it; none where there is no such folder.
+
+        Raises:
+            DataError: the folder cannot be read.
+        """
+        url = f"{self.url}/{folder}"
+
+        def ask() -> list[str]:
+            store, path = _driver(url)
+            return [f"{folder}{found.removeprefix(path)}" for found in store.find(path) if found != path]
+
+        try:
+            return self._insistence.until_done_in_time(f"{url} cannot be listed", ask)
+        except FileNotFoundError:
+            return []
 
     def start(self, ranges: Sequence[ByteRange]) -> Fetch:
         answers: dict[ByteRange, Future[dict[ByteRange, memoryview]]] = {}

@@ -4,6 +4,7 @@ The noise of a sample belongs to its own seed, so what is sampled beside it chan
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -228,10 +229,16 @@ def _encoders(dataset: dict[str, Any], checkpoint: Folder) -> tuple[str, str]:
 
 
 def _inside(place: str, text: str) -> Path | None:
-    """A text encoder that lies in a data set; from behind a URL it is copied for as long as the process lives."""
+    """A text encoder that lies in a data set."""
     if is_local(place):
         folder = Path(place) / text
         return folder if folder.exists() else None
+    return _fetched(place) if text == TEXT_ENCODER else None
+
+
+@functools.cache
+def _fetched(place: str) -> Path | None:
+    """The text encoder of a data set behind a URL, copied for as long as the process lives."""
     copy = tempfile.mkdtemp(prefix="goku_mega_text_")
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    return fetch_folder(place, text, Path(copy))
+    return fetch_folder(place, TEXT_ENCODER, Path(copy))

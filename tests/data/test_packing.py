@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from goku_mega.config.training import FlowConfig
 from goku_mega.data.packing import pack_prompts, pack_training, patchify, token_positions, unpatchify
@@ -39,6 +41,43 @@ def test_patches_give_the_latent_back_and_stand_in_row_major_order(patch):
         pt, ph, pw = patch
         corner = latent[:, t * pt : (t + 1) * pt, h * ph : (h + 1) * ph, w * pw : (w + 1) * pw]
         assert torch.equal(token, corner.flatten())
+
+
+def stored(latent: torch.Tensor, order: tuple[int, ...], offset: int, step: int) -> torch.Tensor:
+    """An equal tensor with its axes in another order in memory, after `offset` numbers, `step` numbers apart."""
+    inner = latent.permute(order)
+    memory = torch.zeros(offset + step * inner.numel(), dtype=latent.dtype)
+    memory[offset::step] = inner.flatten()
+    back = sorted(range(4), key=lambda axis: order[axis])
+    return memory[offset::step].view(inner.shape).permute(back)
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.uint8]),
+    patch=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 4)),
+    grid=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    channels=st.integers(1, 3),
+    order=st.permutations(range(4)),
+    offset=st.integers(0, 3),
+    step=st.integers(1, 2),
+)
+def test_patches_have_the_latents_bits_however_it_lies_in_memory(dtype, patch, grid, channels, order, offset, step):
+    sizes = [cells * size for cells, size in zip(grid, patch, strict=True)]
+    width_bytes = torch.empty(0, dtype=dtype).element_size()
+    bits = torch.randint(256, (channels, *sizes, width_bytes), dtype=torch.uint8)  # not numbers among them
+    plain = bits.view(dtype).reshape(channels, *sizes)
+    latent = stored(plain, tuple(order), offset, step)
+    assert torch.equal(bits_of(latent), bits_of(plain))
+    (t, h, w), (pt, ph, pw) = grid, patch
+    cells = plain.reshape(channels, t, pt, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, -1)
+    tokens = patchify(latent, patch)
+    assert tokens.shape == cells.shape and tokens.dtype == dtype
+    assert torch.equal(bits_of(tokens), bits_of(cells))
 
 
 def test_a_samples_noise_time_and_text_are_its_own_whatever_it_is_packed_with():
