@@ -70,9 +70,33 @@ OPTIONAL = {
     ),
     "DALI": Part(
         "nvidia.dali", "nvidia-dali-cuda130",
-        use="not used: PyAV decodes",
-        brings="decoding on GPUs, for which no decoder is written yet",
+        use="used by open_video(backend='dali'); PyAV decodes by default",
+        brings="decoding on GPUs",
         install="pip install goku-mega[dali]",
+    ),
+    "torchcodec": Part(
+        "torchcodec.decoders", "torchcodec",
+        use="used by open_video(backend='torchcodec'); PyAV decodes by default",
+        brings="another decoder on the CPU, slower than PyAV",
+        install="pip install goku-mega[torchcodec], and FFmpeg's libraries from the system",
+    ),
+    "PySceneDetect": Part(
+        "scenedetect", "scenedetect-headless",
+        use="used by `goku-mega curate`",
+        brings="shot boundaries",
+        install="pip install goku-mega[curate]",
+    ),
+    "RapidOCR": Part(
+        "rapidocr", "rapidocr",
+        use="used by `goku-mega curate`",
+        brings="text in the picture, with its models",
+        install="pip install goku-mega[curate]",
+    ),
+    "Ray": Part(
+        "ray.data", "ray",
+        use="used by `goku-mega curate engine=ray`",
+        brings="curation on the cores of a Ray cluster",
+        install="pip install goku-mega[ray]",
     ),
     "NVML": Part(
         "pynvml", "nvidia-ml-py",

@@ -17,8 +17,17 @@ import pytest
 from made_media import Texture, pan, write_clip
 from pyarrow import parquet
 from small_corpus import overrides, settings, write_corpus
+from vision_server import vision_server
 
-from goku_mega.config.curation import DedupConfig, HookConfig, KeyFramesConfig, ShotsConfig
+from goku_mega.config.curation import (
+    BalanceConfig,
+    CaptionConfig,
+    DedupConfig,
+    HookConfig,
+    KeyFramesConfig,
+    ShotsConfig,
+    TagConfig,
+)
 from goku_mega.curate.curate import curate, filter_clips
 from goku_mega.curate.motion_text import split_motion
 from goku_mega.data.captions import read_captions
@@ -237,6 +246,39 @@ def test_ray_gives_what_worker_processes_give(videos, whole, tmp_path):
     _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, errors
     assert outputs(tmp_path) == outputs(whole)
+
+
+def test_captions_tags_and_balance_come_through_a_server(videos, whole, tmp_path):
+    def answer(model: str, prompt: str, pictures: list[np.ndarray]) -> str:
+        if model == "tagger":
+            return "human / kid" if pictures[0].mean() > 128 else "animals / cat"
+        return f"{model}: {len(pictures)} pictures."
+
+    with vision_server(answer=answer) as server:
+        models = {"server": server.url, "key_frame_model": "frames", "clip_model": "clips"}
+        config = settings(
+            videos, tmp_path, caption=CaptionConfig(source="models", **models),
+            tags=TagConfig(model="tagger", server=server.url), balance=BalanceConfig(weights="human=3", max_repeat=9),
+        )  # fmt: skip
+        curate(config)
+        asked = len(server.requests)
+        assert curate(config)["worked_on"] == 0 and len(server.requests) == asked
+    kept = [row for row in rows(tmp_path / "manifest.parquet") if row["tier"]]
+    assert {row["key"] for row in kept} == {row["key"] for row in rows(whole / "manifest.parquet") if row["tier"]}
+    assert all(row["caption"] is None for row in rows(tmp_path / "manifest.parquet") if not row["tier"])
+    taken = Counter()
+    for row in kept:
+        taken[row["primary"]] += row["repeat"]
+    assert sum(taken.values()) == len(kept) and taken["human"] == pytest.approx(3 * taken["animals"], abs=2)
+    lines = {row["key"]: row for row in map(json.loads, (tmp_path / "captions.jsonl").read_text().splitlines())}
+    assert lines.keys() == {row["key"] for row in kept if row["repeat"]}
+    for row in kept:
+        if row["repeat"] and row["kind"] == "video":
+            caption, motion = split_motion(lines[row["key"]]["caption"])
+            assert "frames: 1 pictures." in caption and "clips: " in caption and motion is not None
+    assert {"funnel.png", "scores.png", "classes.png", "report.json"} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
 
 
 def test_scores_do_not_depend_on_the_number_of_workers(videos, whole, tmp_path):

@@ -1,6 +1,6 @@
 """Features of single pictures, of length 1: DINOv2's for likeness, CLIP's for aesthetics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class DinoFeatures:
         self._device = pick_device(device)
         self._model = load_model(Dinov2Model, name_or_path, "embedder", self._device)
 
-    def __call__(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    def __call__(self, frames: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """[frames, width] of frames [height, width, 3]."""
         return np.asarray(one_by_one(frames, self._prepare, self._feature).numpy())
 
@@ -52,7 +52,7 @@ class ClipFeatures:
         self._model = load_model(CLIPVisionModelWithProjection, name_or_path, "aesthetic.clip", device)
         self.width = int(self._model.config.projection_dim)
 
-    def __call__(self, frames: Sequence[NDArray[np.uint8]]) -> Tensor:
+    def __call__(self, frames: Iterable[NDArray[np.uint8]]) -> Tensor:
         """[frames, width] of frames [height, width, 3]."""
         return one_by_one(frames, self._prepare, self._feature)
 

@@ -1,6 +1,6 @@
 """Frames to what image networks take, in torch alone, and where and in what portions networks run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ def normalise(picture: Tensor, statistics: Statistics) -> Tensor:
 
 
 @torch.no_grad()
-def one_by_one(frames: Sequence[NDArray[np.uint8]], prepare: Callable[..., Tensor], network: Any) -> Tensor:
+def one_by_one(frames: Iterable[NDArray[np.uint8]], prepare: Callable[..., Tensor], network: Any) -> Tensor:
     """`network` on every prepared frame, [frames, ...] fp32 on the host.
 
     One frame at a time: the bits of a frame's answer do not depend on its neighbours', nor the memory on their number.

@@ -67,8 +67,8 @@ def rough_flow(first: Array, second: Array) -> Array:
     import cv2
 
     cv2.setNumThreads(1)  # DIS shares patches out among threads, and its answer depends on the parts
-    engine = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    return np.asarray(engine.calc(np.rint(first).astype(np.uint8), np.rint(second).astype(np.uint8), None))  # type: ignore[call-overload]
+    engine: Any = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)  # type: ignore[attr-defined]
+    return np.asarray(engine.calc(np.rint(first).astype(np.uint8), np.rint(second).astype(np.uint8), None))
 
 
 def cell_flow(first: Array, second: Array) -> CellFlow:

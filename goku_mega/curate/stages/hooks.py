@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Classifier:
         self._label = int(labels[label])
         self._size, self._statistics = _preparation(name_or_path, self._model.config)
 
-    def __call__(self, frames: Sequence[Frames]) -> list[float]:
+    def __call__(self, frames: Iterable[Frames]) -> list[float]:
         return [float(probability) for probability in one_by_one(frames, self._prepare, self._probability)]
 
     def _prepare(self, frame: Frames) -> Tensor:
@@ -106,7 +106,8 @@ def load_function(name: str) -> Scorer:
         ) from error
     if not callable(found):
         raise ConfigError(f"scorer {name!r} is no function but a {type(found).__name__}; name a function")
-    return found  # type: ignore[no-any-return]
+    scorer: Scorer = found
+    return scorer
 
 
 def checked(name: str, answer: Any, frames: int) -> tuple[float, ...]:
@@ -139,6 +140,6 @@ def _preparation(name_or_path: str, config: Any) -> tuple[tuple[int, int], Stati
     if isinstance(size, dict):
         side = size.get("shortest_edge", getattr(config, "image_size", 224))
         size = (size.get("height", side), size.get("width", side))
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
     mean, deviation = stated.get("image_mean", IMAGENET.mean), stated.get("image_std", IMAGENET.deviation)
     return (int(height), int(width)), Statistics(tuple(mean), tuple(deviation))

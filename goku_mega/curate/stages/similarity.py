@@ -1,6 +1,6 @@
 """Where the picture of a shot changes without a cut: likeness of neighbouring samples, one a second (paper 4.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from goku_mega.config.curation import SplitConfig
 from goku_mega.curate.clip import Footage, Frames
 
 Features = NDArray[np.float32]
-Embedder = Callable[[Sequence[Frames]], Features]
+Embedder = Callable[[Iterable[Frames]], Features]
 
 THUMBNAIL_PX = 48
 LUMA_STEP = 32
@@ -78,7 +78,7 @@ def split_frames(
     return [(start, end - start) for start, end in zip(starts, [*cuts, first + frames], strict=True)]
 
 
-def colour_features(frames: Sequence[Frames]) -> Features:
+def colour_features(frames: Iterable[Frames]) -> Features:
     """What colours a frame has, and how much of each, [frames, width], of length 1.
 
     Roots of a soft histogram, fine in colour and coarse in brightness: their cosine is the share of the picture in
