@@ -14,17 +14,17 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """Names of samples: WebDataset ends a name at its first dot, and a tar takes 100 characters with the suffix."""
 
 
-RANGE = {"first_frame": 0, "frames": 1}
-"""Numbers that a row may carry, and the least of each: a clip that is a range of a longer file."""
+NUMBERS = {"first_frame": 0, "frames": 1, "repeat": 1}
+"""Numbers that a row may carry, and the least of each: a clip as a range of a longer file, and how often an epoch of
+training takes it."""
 
 
 def read_captions(corpus: Path) -> list[Row]:
-    """The rows of captions.jsonl by key, with what encoding needs: key, file, caption, and first_frame and frames
-    where the clip is a range of its file.
+    """The rows of captions.jsonl by key, with what encoding needs: key, file, caption, and the `NUMBERS` that it has.
 
     Raises:
-        DataError: the file is missing, a row lacks `key`, `file` or `caption` or has a range that is none, or its key
-            is used twice.
+        DataError: the file is missing, a row lacks `key`, `file` or `caption` or has a number that is none, or its
+            key is used twice.
     """
     path = corpus / "captions.jsonl"
     if not path.exists():
@@ -50,7 +50,7 @@ def _caption_row(content: Any) -> Row:
         raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, not a string")
     if not KEY.fullmatch(row["key"]):
         raise ValueError(f"the key {row['key']!r} is not 1 to 80 letters, digits, - or _")
-    for name, least in RANGE.items():
+    for name, least in NUMBERS.items():
         value = content.get(name)
         if value is not None:
             if type(value) is not int or value < least:
@@ -60,11 +60,11 @@ def _caption_row(content: Any) -> Row:
 
 
 def corpus_key(corpus: Path, rows: list[Row]) -> str:
-    """A short hash of the captions, the files' names and sizes, and the ranges."""
+    """A short hash of the captions, the files' names and sizes, and the numbers."""
     digest = hashlib.sha256()
     for row in rows:
         path = corpus / row["file"]
         size = path.stat().st_size if path.exists() else -1
-        of_range = [row.get(name) for name in RANGE] if row.keys() & RANGE.keys() else []
-        digest.update(json.dumps([row["key"], row["file"], row["caption"], size, *of_range]).encode())
+        numbers = [row.get(name) for name in NUMBERS]
+        digest.update(json.dumps([row["key"], row["file"], row["caption"], size, *numbers]).encode())
     return digest.hexdigest()[:16]

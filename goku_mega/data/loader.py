@@ -66,6 +66,7 @@ class Loader:
         self.shape = shape
         self.groups = groups
         self.dtype = dtype
+        index = index.repeated()
         self.reader = _reader(index, run.data)
         self.tokens, self.flops = index.tokens(shape), index.flops(shape)
         self.planner = Planner(

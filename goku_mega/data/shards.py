@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -67,6 +67,8 @@ class IndexRow(NamedTuple):
     w: int
     text_tokens: int
     caption: str
+    repeat: int = 1
+    """How often an epoch of training takes it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Index:
     @property
     def text_width(self) -> int:
         return int(self.dataset["text_width"])
+
+    def repeated(self) -> "Index":
+        """Every sample as often as an epoch takes it, under keys of their own: each has noise and times of its own."""
+        rows = [
+            row._replace(key=f"{row.key}#{number}" if number else row.key)
+            for row in self.rows
+            for number in range(row.repeat)
+        ]
+        return replace(self, rows=tuple(rows))
 
     def tokens(self, shape: ModelShape) -> NDArray[np.int64]:
         """Tokens of every sample."""
@@ -260,7 +271,7 @@ def write_shard(path: Path, samples: Iterable[EncodedSample], digest: Digest | N
             rows.append(
                 IndexRow(
                     sample.key, f"{path.parent.name}/{path.name}", latent_at, latent_bytes, text_at, text_bytes,
-                    channels, t, h, w, len(sample.text), sample.about["caption"],
+                    channels, t, h, w, len(sample.text), sample.about["caption"], sample.about.get("repeat", 1),
                 )
             )  # fmt: skip
     return rows

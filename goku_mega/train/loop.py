@@ -57,6 +57,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 """Settings that leave a run the same run; the others decide its samples, noise or updates."""
+READING = frozenset(
+    {"skip_steps", "prefetch_steps", "read_threads", "read_retries", "slow_read_s", "cache_folder", "cache_gb"}
+)
+"""Settings of `data` that only say how it is read; what `skip_steps` may be is `check_same_history`'s."""
 
 
 class StepResult(NamedTuple):
@@ -359,8 +363,8 @@ def check_same_run(run: FlowRun, saved: dict[str, Any], checkpoint: str) -> None
     """Refuse to go on with settings under which the samples, the noise or the updates would differ."""
     for name, value in json.loads(json.dumps(asdict(run))).items():  # as `saved` was: tuples are lists there
         there = saved.get(name)
-        if name == "data" and isinstance(there, dict):  # what it leaves out is `check_same_history`'s
-            value, there = ({**data, "skip_steps": []} for data in (value, there))
+        if name == "data" and isinstance(there, dict):
+            value, there = ({key: data[key] for key in data if key not in READING} for data in (value, there))
         if name not in MAY_CHANGE_ON_RESUME and value != there:
             raise ConfigError(
                 f"{name} is {value} but {checkpoint} was trained with {there}; set it back, or give another run_dir"

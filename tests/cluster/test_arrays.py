@@ -104,11 +104,11 @@ def test_a_curation_whose_task_was_killed_and_submitted_again_alone_gives_what_o
     victim = f"{array}_0"
     jobs.cluster.wait_for(lambda: jobs.fields(victim)["JobState"] == "RUNNING", LIMIT_S, "the first task")
     host = jobs.fields(victim)["BatchHost"]
-    probed = jobs.cluster.wait_for(
-        lambda: [stage for stage, _, _ in journalled(output, host) if stage == "shots"], LIMIT_S, "its first scores"
+    jobs.cluster.wait_for(
+        lambda: "shots" in {stage for stage, _, _ in journalled(output, host)}, LIMIT_S, "its first scores"
     )
     kill(jobs, victim, signal.SIGKILL)
-    assert probed and jobs.ended(victim) == "FAILED 0:9"
+    assert jobs.ended(victim) == "FAILED 0:9"
     done = journalled(output, host)
 
     curate(settings(videos, tmp_path / "whole"))
@@ -120,7 +120,7 @@ def test_a_curation_whose_task_was_killed_and_submitted_again_alone_gives_what_o
     again = jobs.submit(script, ["--array=0"], words, GOKU_PARTS="3")
     assert jobs.ended(f"{again}_0") == "COMPLETED 0:0"
     since = journalled(output)
-    assert since and not set(since) & set(done)
+    assert since and done and not set(since) & set(done)
     late = jobs.submit(script, [f"--dependency=afterany:{again}"], ["filter", *words])
     assert jobs.ended(late) == "COMPLETED 0:0"
     assert {name: (output / name).read_bytes() for name in OUTPUTS} == whole

@@ -28,9 +28,12 @@ from goku_mega.config.curation import (
     ShotsConfig,
     TagConfig,
 )
+from goku_mega.config.data import EncodeConfig
 from goku_mega.curate.curate import curate, filter_clips
 from goku_mega.curate.motion_text import split_motion
 from goku_mega.data.captions import read_captions
+from goku_mega.data.encode import encode
+from goku_mega.data.shards import load_index
 from goku_mega.errors import ConfigError, DataError
 from goku_mega.media.decode import PyAvVideo
 
@@ -113,6 +116,16 @@ def test_the_captions_are_a_corpus_whose_ranges_hold_the_clips(whole):
             assert video.frames >= row["first_frame"] + row["frames"]
         standard = about["path"].endswith(("hevc.mkv", "long-groups.mp4"))
         assert Path(row["file"]).is_absolute() != standard
+
+
+def test_encode_takes_what_curation_has_left(whole, tmp_path):
+    encode(EncodeConfig(corpus=str(whole), output=str(tmp_path / "data"), workers=1))
+    encoded = {row.key: row for row in load_index(tmp_path / "data").rows}
+    for row in rows(whole / "manifest.parquet"):
+        assert (row["key"] in encoded) == bool(row["tier"])
+        if row["tier"]:
+            latent = (encoded[row["key"]].t, encoded[row["key"]].h, encoded[row["key"]].w)
+            assert latent == ((row["frames"] - 1) // 4 + 1, row["height"] // 8, row["width"] // 8)
 
 
 def test_a_second_run_does_nothing_and_leaves_the_same_bytes(videos, whole):

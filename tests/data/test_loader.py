@@ -1,5 +1,6 @@
 """The loader: every rank gets its part of the same step, ahead of time, however the run got there."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -238,6 +239,19 @@ def test_a_store_that_stays_away_ends_the_run_with_one_line(url, monkeypatch):
 def test_an_epoch_has_every_sample_once(dataset):
     steps = loader(dataset)
     assert sum(steps.load(step).samples for step in range(steps.planner.batches_per_epoch)) == 20
+
+
+def test_a_sample_that_is_to_be_repeated_comes_as_often_in_an_epoch_each_time_with_other_noise(tmp_path, dataset):
+    shutil.copytree(dataset, tmp_path / "data")
+    rows = [row._replace(repeat=3) if row.key == "k007" else row for row in load_index(dataset).rows]
+    write_index(tmp_path / "data" / INDEX, rows)
+    steps = loader(tmp_path / "data")
+    batches = [steps.load(step) for step in range(steps.planner.batches_per_epoch)]
+    assert sum(batch.samples for batch in batches) == 22
+    noisy = [sample for batch in batches for sample in samples_of(batch.micro_batches)]
+    assert len(noisy) == len(set(noisy)) == 22
+    clean = {bytes(steps.reader.read(number).latent.numpy()) for number in range(22)}
+    assert len(clean) == 20
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_trainer(dataset):

@@ -136,10 +136,10 @@ def _preparation(name_or_path: str, config: Any) -> tuple[tuple[int, int], Stati
 
     found = cached_file(name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     stated = json.loads(Path(found).read_text()) if found else {}
-    size = stated.get("crop_size") or stated.get("size") or getattr(config, "image_size", 224)
-    if isinstance(size, dict):
-        side = size.get("shortest_edge", getattr(config, "image_size", 224))
-        size = (size.get("height", side), size.get("width", side))
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    own = int(getattr(config, "image_size", 224))
+    size: Any = stated.get("crop_size") or stated.get("size") or own
+    if not isinstance(size, dict):
+        size = {"shortest_edge": size}
+    height, width = (size.get(side, size.get("shortest_edge", own)) for side in ("height", "width"))
     mean, deviation = stated.get("image_mean", IMAGENET.mean), stated.get("image_std", IMAGENET.deviation)
     return (int(height), int(width)), Statistics(tuple(mean), tuple(deviation))

@@ -21,8 +21,10 @@ EDGE = 0.35
 """Share of the contrast to the text's colour up to which a pixel is ink."""
 SPECK_SHARE = 0.001
 """Of the box, below which a spot of the text's colour is no ink."""
+MOST_STRAYS = 0.01
+"""Of the ink: pixels of its colour around the box, above which the ground has that colour, too."""
 MOST_BEYOND_SHARE = 0.1
-"""Of the box's height, by which ink may reach out of it."""
+"""Of the box's height, by which ink may reach out of it on such a ground."""
 LEAST_OF_BOX = 0.5
 """Ink that spans less of the box's width or height is not what was detected."""
 
@@ -48,42 +50,53 @@ def ink_box(frame: Array, box: Box) -> Box:
     crop = frame[top : box.bottom + rim, left : box.right + rim].astype(np.float64)
     inside = np.zeros(crop.shape[:2], dtype=bool)
     inside[box.top - top : box.bottom - top, box.left - left : box.right - left] = True
-    ink = find_ink(crop, inside)
-    if ink is None:
+    alike = of_text_color(crop, inside)
+    ink = find_ink(alike, inside)
+    if not ink.any():
         return box
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     found = Box(left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1)
     beyond = max(box.left - found.left, box.top - found.top, found.right - box.right, found.bottom - box.bottom)
-    if beyond > MOST_BEYOND_SHARE * min(width, height) + 1:
-        return box  # the ground has the text's colour too
+    strays = (alike & ~ink & ~inside).sum() > MOST_STRAYS * ink.sum()
+    if strays and beyond > MOST_BEYOND_SHARE * min(width, height) + 1:
+        return box  # the ground has the text's colour too, so what reaches out may be ground
     fills = found.right - found.left >= LEAST_OF_BOX * width and found.bottom - found.top >= LEAST_OF_BOX * height
     return found if fills else box
 
 
-def find_ink(crop: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    """Which pixels [height, width] are of the text that was detected `inside`; None where it cannot be told."""
+def find_ink(alike: NDArray[np.bool_], inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Those of the pixels of the text's colour [height, width] that belong to what was detected `inside`."""
     import cv2
 
-    if inside.all() or not inside.any():
-        return None
-    distance = np.linalg.norm(crop - text_color(crop, inside), axis=-1)
-    contrast = float(np.median(distance[~inside]))
-    if contrast < LEAST_CONTRAST:
-        return None
-    count, parts = cv2.connectedComponents((distance < EDGE * contrast).astype(np.uint8))
+    count, parts = cv2.connectedComponents(alike.astype(np.uint8))
     within = np.bincount(parts[inside], minlength=count)
     whole = np.bincount(parts.ravel(), minlength=count)
     mine = (within >= 0.5 * whole) & (whole > SPECK_SHARE * inside.sum())
     mine[0] = False
-    return np.asarray(mine[parts]) if mine.any() else None
+    return np.asarray(mine[parts])
 
 
-def text_color(crop: Array, inside: NDArray[np.bool_]) -> Array:
-    """The colour [3] whose share of the box exceeds its share of the rim the most."""
+def of_text_color(crop: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which pixels [height, width] are nearer to the text's colour than to the ground's; none if it has no own."""
+    color = text_color(crop, inside)
+    if color is None:
+        return np.zeros(inside.shape, dtype=bool)
+    distance = np.linalg.norm(crop - color, axis=-1)
+    contrast = float(np.median(distance[~inside]))
+    return np.asarray(distance < EDGE * contrast) if contrast >= LEAST_CONTRAST else np.zeros(inside.shape, dtype=bool)
+
+
+def text_color(crop: Array, inside: NDArray[np.bool_]) -> Array | None:
+    """The colour [3] whose share of the box exceeds its share of the rim the most; None where none does."""
+    if inside.all() or not inside.any():
+        return None
     bins = (crop // BIN_LEVELS).astype(int)
     flat = np.ravel_multi_index(tuple(np.moveaxis(bins, -1, 0)), (256 // BIN_LEVELS,) * 3)
     size = (256 // BIN_LEVELS) ** 3
     in_box, in_rim = (np.bincount(flat[where], minlength=size) / where.sum() for where in (inside, ~inside))
-    color = crop[inside & (flat == int((in_box - in_rim).argmax()))].mean(0)
+    excess = in_box - in_rim
+    if excess.max() <= 0:
+        return None
+    color = crop[inside & (flat == int(excess.argmax()))].mean(0)
     near = inside & (np.abs(crop - color) <= SPREAD_LEVELS).all(-1)
     return np.asarray(np.median(crop[near], axis=0))
