@@ -90,13 +90,22 @@ def text_color(crop: Array, inside: NDArray[np.bool_]) -> Array | None:
     """The colour [3] whose share of the box exceeds its share of the rim the most; None where none does."""
     if inside.all() or not inside.any():
         return None
-    bins = (crop // BIN_LEVELS).astype(int)
-    flat = np.ravel_multi_index(tuple(np.moveaxis(bins, -1, 0)), (256 // BIN_LEVELS,) * 3)
-    size = (256 // BIN_LEVELS) ** 3
-    in_box, in_rim = (np.bincount(flat[where], minlength=size) / where.sum() for where in (inside, ~inside))
-    excess = in_box - in_rim
+    shape = (256 // BIN_LEVELS,) * 3
+    flat = np.ravel_multi_index(tuple(np.moveaxis((crop // BIN_LEVELS).astype(int), -1, 0)), shape)
+    counts = [np.bincount(flat[where], minlength=np.prod(shape)).reshape(shape) for where in (inside, ~inside)]
+    in_box, in_rim = (_with_neighbours(count) / count.sum() for count in counts)
+    excess = np.where(counts[0] > 0, in_box - in_rim, 0)
     if excess.max() <= 0:
         return None
     color = crop[inside & (flat == int(excess.argmax()))].mean(0)
     near = inside & (np.abs(crop - color) <= SPREAD_LEVELS).all(-1)
     return np.asarray(np.median(crop[near], axis=0))
+
+
+def _with_neighbours(counts: Array) -> Array:
+    """Bins with those beside them: noise moves colours over the edges of bins."""
+    for axis in range(counts.ndim):
+        padded = np.pad(counts, [(1, 1) if place == axis else (0, 0) for place in range(counts.ndim)])
+        length = counts.shape[axis]
+        counts = sum(padded.take(range(shift, shift + length), axis) for shift in range(3))  # type: ignore[assignment]
+    return counts
