@@ -49,8 +49,8 @@ class SplitConfig:
     """The finer split where the picture changes without a cut: cosine of neighbouring samples' features (paper 4.2)."""
 
     embedder: str = "thumbnail"
-    """A DINOv2 as a folder or a hub name (`facebook/dinov2-base`), its CLS feature; thumbnail: a small picture of
-    the frame itself, which needs no weights and is coarser."""
+    """A DINOv2 as a folder or a hub name (`facebook/dinov2-base`), its CLS feature; thumbnail: the frame's
+    colours, which need no weights and do not tell scenes of one palette apart."""
     samples_per_second: float = 1.0
     at: Literal["source", "lowest"] = "source"
     """source: split at the `similarity_min` of the highest tier that the source's size reaches; lowest: at the lowest

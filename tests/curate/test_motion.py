@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import write_and_open
+from hypothesis import given
+from hypothesis import strategies as st
 from made_media import Texture, pan, still
 
 from goku_mega.config.curation import MotionConfig
 from goku_mega.curate.clip import Clip
 from goku_mega.curate.stages.flow import camera_flow, cell_flow, plain_ground, sum_cells
-from goku_mega.curate.stages.motion import Motion, frame_steps, mean_length, pair_starts
+from goku_mega.curate.stages.motion import Motion, frame_steps, mean_length, pair_starts, steady_mean
 
 SIZE = (480, 854)
 GAP = 3
@@ -45,11 +47,23 @@ def test_footage_that_stands_still_scores_nothing(tmp_path: Path) -> None:
     assert Motion(EVERY_GAP).score(clip).mean_px <= 0.01
 
 
-def test_a_score_is_the_same_bit_for_bit_and_the_mean_of_its_pairs(tmp_path: Path) -> None:
+def test_a_score_is_the_same_bit_for_bit_and_that_of_its_pairs(tmp_path: Path) -> None:
     clip = write_and_open(tmp_path / "pan.mp4", panned(5.0, 25))
     score = Motion(EVERY_GAP).score(clip)
     assert score == Motion(EVERY_GAP).score(clip)
-    assert len(score.per_pair) == 8 and score.mean_px == round(sum(score.per_pair) / 8, 2)
+    assert len(score.per_pair) == 8 and score.mean_px == round(steady_mean(score.per_pair), 2)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
+def test_motion_that_is_not_steady_keeps_its_mean(lengths: list[float]) -> None:
+    mean, largest = sum(lengths) / len(lengths), max(lengths)
+    assert abs(steady_mean(lengths) - mean) <= 0.05 + 0.02 * largest + 1e-9
+    assert min(lengths) - 1e-9 <= steady_mean(lengths) <= largest + 1e-9
+
+
+def test_what_a_codec_adds_after_a_key_frame_is_left_out_of_steady_motion_and_a_stop_is_not() -> None:
+    assert steady_mean([0.4738, 0.5, 0.5, 0.5, 0.4731, 0.5, 0.5, 0.5]) == pytest.approx(0.5, abs=1e-9)
+    assert steady_mean([3.0, 3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0]) == pytest.approx(15 / 8)
 
 
 def test_a_part_of_a_source_is_scored_by_its_own_frames(tmp_path: Path) -> None:

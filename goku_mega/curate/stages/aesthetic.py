@@ -4,13 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from goku_mega.config.curation import AestheticConfig
 from goku_mega.curate.clip import Clip
-from goku_mega.curate.networks.aesthetic_head import load_head
-from goku_mega.curate.networks.features import ClipFeatures
-from goku_mega.curate.networks.pictures import pick_device
 
 
 @dataclass(frozen=True)
@@ -27,16 +22,19 @@ class Aesthetic:
         Raises:
             ConfigError: CLIP or the head cannot be loaded, or they do not belong together.
         """
+        from goku_mega.curate.networks.aesthetic_head import load_head
+        from goku_mega.curate.networks.features import ClipFeatures
+        from goku_mega.curate.networks.pictures import pick_device
+
         self._device = pick_device(config.device)
         self._features = ClipFeatures(config.clip, self._device)
         self._head = load_head(Path(config.head), self._features.width, self._device)
 
-    @torch.no_grad()
     def score(self, clip: Clip) -> AestheticScore:
         """
         Raises:
             MediaError: a key frame cannot be decoded.
         """
         features = self._features(clip.key_frames).to(self._device)
-        per_frame = tuple(float(self._head(feature[None])) for feature in features)
+        per_frame = tuple(float(self._head(feature[None])) for feature in features)  # the head's weights are frozen
         return AestheticScore(math.fsum(per_frame) / len(per_frame), per_frame)
