@@ -24,7 +24,7 @@ def write_aesthetics(folder: Path) -> AestheticConfig:
     )  # fmt: skip
     CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
     features = ClipFeatures(str(folder / "clip"), torch.device("cpu"))
-    seen = [(level, seed) for level in SCORES for seed in range(100, 112)]
+    seen = [(level, seed) for level in SCORES for seed in range(100, 140)]
     rows = features([grey_scene(level, seed).at(P480) for level, seed in seen]).double().numpy()
     wanted = np.array([SCORES[level] for level, _ in seen])
     with_bias = np.c_[rows, np.ones(len(rows))]

@@ -185,7 +185,7 @@ def test_killed_at_thirty_moments_and_run_again_it_leaves_the_same_bytes(videos,
         while True:
             process = command(videos, output)
             try:
-                process.wait(timeout=rng.uniform(0.5, 9))
+                process.wait(timeout=rng.uniform(0.4, 3.2))
                 break
             except subprocess.TimeoutExpired:
                 kills += 1
