@@ -18,7 +18,8 @@ PART = (
     "size-480x846.mp4", "size-1280x720.mp4", "size-478x854.mp4", "bitrate-499999.mp4", "bitrate-500000.mp4",
     "bitrate-499999.mkv", "rate-23.97602.mp4", "rate-23.97000.mkv", "rate-30.00000.mkv", "codec-av1.mp4",
     "codec-turned.mp4", "codec-varying.mkv", "broken-cut-0.9.mp4", "broken-empty.mp4", "motion-480-0.29.mp4",
-    "motion-480-0.30.mp4", "motion-480-20.00.mp4", "motion-480-20.10.mp4", "motion-720-15.10.mp4", "motion-1080-8.00.mp4",
+    "motion-480-0.30.mp4", "motion-480-20.00.mp4", "motion-480-20.10.mp4", "motion-720-15.10.mp4",
+    "motion-1080-8.00.mp4",
     "text-480-0.018.mp4", "text-480-0.0225.mp4", "text-720-0.0113.mp4", "cuts-1.mp4", "cuts-4.mp4", "length-288.mp4",
     "length-287.mp4", "repeated-ABAB.mp4", "image-480x854.png", "image-600x800.jpg",
 )  # fmt: skip
