@@ -38,7 +38,7 @@ from goku_mega.media.write import write_h264
 CLIPS = 6
 SIZE, FRAMES, RATE = (480, 854), 101, 24
 SOURCES, CLIPS_OF_EACH = 125_000, 8
-WORKER = "goku_mega.curate.curate:make_worker"
+WORKER = "goku_mega.curate.curate:Worker"
 
 
 def main() -> None:

@@ -2,6 +2,15 @@
 
 import pytest
 
+from goku_mega.config.curation import (
+    AestheticConfig,
+    BalanceConfig,
+    CaptionConfig,
+    CurateConfig,
+    HookConfig,
+    LengthConfig,
+    MotionConfig,
+)
 from goku_mega.config.data import CorpusConfig
 from goku_mega.config.sampling import EvaluateConfig, SampleConfig
 from goku_mega.config.training import (
@@ -160,6 +169,13 @@ def test_a_file_that_cannot_be_read_as_a_recipe_is_named(tmp_path, make):
         (lambda: OptimizerConfig(ema_decay=1.0), "optimizer.ema_decay is 1.0"),
         (lambda: CheckpointConfig(keep=0), "checkpoint.keep is 0"),
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", frames=8), "frames is 8"),
+        (lambda: CurateConfig(videos="v", output="o", slice="2/2"), "slice is '2/2'"),
+        (lambda: AestheticConfig(clip="c"), "aesthetic.clip and aesthetic.head need each other"),
+        (lambda: MotionConfig(engine="raft"), "raft needs weights"),
+        (lambda: HookConfig(scorer="mine"), "scorer is 'mine'"),
+        (lambda: CaptionConfig(source="models"), "give caption.key_frame_model"),
+        (lambda: LengthConfig(min_s=11), "length.min_s is 11"),
+        (lambda: BalanceConfig(weights="human"), "balance.weights is 'human'"),
         (lambda: SampleConfig(checkpoint="c", prompt="p", output="o", width=72), "width is 72"),
         (lambda: VaeRun(corpus="c", output="o", steps=1, block_channels=(8, 8)), r"block_channels is \[8, 8\]"),
         (lambda: VaeRun(corpus="c", output="o", steps=1, frames=13), "frames is 13; use 8n"),

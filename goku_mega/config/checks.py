@@ -4,6 +4,8 @@ Configurations are frozen dataclasses with the units in the names. The parts of 
 or single values, never a whole run.
 """
 
+import re
+
 from goku_mega.errors import ConfigError
 
 
@@ -26,3 +28,11 @@ def require_side(name: str, pixels: int) -> None:
 def require_clip_length(frames: int) -> None:
     """The codec's strides: one latent frame for the first frame, one for every four after it."""
     require(frames >= 1 and frames % 4 == 1, f"frames is {frames}; use 1 for an image, or 4n + 1: 5, 9, 13, ...")
+
+
+def part_of(slice: str) -> tuple[int, int]:
+    """(number, parts) of a task's share of the work, `0/8` to `7/8`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", slice)
+    number, parts = map(int, match.groups()) if match else (0, 0)
+    require(number < parts, f"slice is {slice!r}; write number/parts, the number from 0: 0/8 to 7/8")
+    return number, parts

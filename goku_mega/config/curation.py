@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from goku_mega.config.checks import require, require_at_least
+from goku_mega.config.checks import part_of, require, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,12 +344,9 @@ class CurateConfig:
     def __post_init__(self) -> None:
         require_at_least(1, self, "workers")
         require(self.time_limit_s > 0, f"time_limit_s is {self.time_limit_s}; it must be above 0")
-        require(
-            re.fullmatch(r"\d+/\d+", self.slice) is not None and self.part[0] < self.part[1],
-            f"slice is {self.slice!r}; write number/parts, the number from 0: 0/8 to 7/8",
-        )
+        part_of(self.slice)
 
     @property
     def part(self) -> tuple[int, int]:
-        number, parts = self.slice.split("/")
-        return int(number), int(parts)
+        """(number, parts) of `slice`."""
+        return part_of(self.slice)

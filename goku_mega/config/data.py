@@ -1,10 +1,9 @@
 """What the commands that make training data are given: corpora, curation, encoding."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from goku_mega.config.checks import require, require_at_least
+from goku_mega.config.checks import part_of, require, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +68,12 @@ class EncodeConfig:
         require_at_least(1, self, "samples_per_shard", "max_frames")
         require_at_least(0, self, "workers", "text_cache_gib")
         require(bool(self.corpus) or self.verify, "corpus is missing; give the folder with captions.jsonl, or --verify")
-        require(
-            re.fullmatch(r"\d+/\d+", self.slice) is not None and self.part[0] < self.part[1],
-            f"slice is {self.slice!r}; write number/parts, the number from 0: 0/8 to 7/8",
-        )
+        part_of(self.slice)
 
     @property
     def part(self) -> tuple[int, int]:
         """(number, parts) of `slice`."""
-        number, parts = self.slice.split("/")
-        return int(number), int(parts)
+        return part_of(self.slice)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,13 +101,8 @@ def score_kinds() -> dict[str, type]:
     }  # fmt: skip
 
 
-def make_worker(config: CurateConfig) -> "Worker":
-    """A worker of the engine."""
-    return Worker(config)
-
-
 class Worker:
-    """A pipeline with its models, in a process of its own."""
+    """A worker of the engine: a pipeline with its models, in a process of its own."""
 
     def __init__(self, config: CurateConfig) -> None:
         self.pipeline = Pipeline(config)
@@ -125,13 +120,15 @@ def _score(config: CurateConfig, pipeline: Pipeline, store: ScoreStore, paths: S
         notes.take(event, key=event.task)
         if isinstance(event, Found):
             known[event.key] = ContentScore(**event.score)
+        elif isinstance(event, SetAside):
+            known.pop(event.task, None)  # what it was is not what it is
     sources: dict[str, Source] = {}
     for path in paths:
         if path in known:
             content = known[path].content
             sources.setdefault(content, Source(Path(path), content))
     tasks = list(_tasks(config, pipeline, store, sources.values(), notes))
-    for event in _run(config, "curate", tasks, "goku_mega.curate.curate:make_worker", (config,)):
+    for event in _run(config, "curate", tasks, "goku_mega.curate.curate:Worker", (config,)):
         notes.take(event, key=event.task.source.key)
     return {"worked_on": len(tasks), "set_aside": notes.set_aside}
 

@@ -47,9 +47,10 @@ def write_outputs(
     clips = _with_repeats(verdicts, config)
     _write_table(output / SOURCES, verdicts.sources)
     _write_table(output / MANIFEST, clips)
+    lines = _caption_lines(clips, verdicts.sources, store, keys, config)
+    write_whole(output / CAPTIONS, lines)
     write_report(output / REPORT, _report(verdicts, clips, config))
-    write_whole(output / CAPTIONS, _caption_lines(clips, verdicts.sources, store, keys, config))
-    return _counts(verdicts)
+    return {"captions": lines.count(b"\n"), **_counts(verdicts)}
 
 
 def _with_repeats(verdicts: Verdicts, config: CurateConfig) -> arrow.Table:
