@@ -225,6 +225,7 @@ def test_a_real_process_that_gets_no_core_is_told_from_one_that_stands_still() -
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
             process.wait()
 
 

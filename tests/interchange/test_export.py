@@ -179,7 +179,8 @@ def test_diffusers_and_transformers_load_the_folders_parts(run_dir: Path, tmp_pa
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
     text = Pipeline.from_checkpoint(run_dir, weights="ema").text.encode(["a red circle"])[0]
     tokens = tokenizer("a red circle", return_tensors="pt")["input_ids"]
-    assert torch.equal(encoder(input_ids=tokens).last_hidden_state[0], text)
+    # Captions are encoded in batches of a fixed shape, which changes last bits.
+    torch.testing.assert_close(encoder(input_ids=tokens).last_hidden_state[0], text, rtol=1e-4, atol=1e-5)
 
 
 def test_a_moved_folder_brings_its_encoders_along(run_dir: Path, tmp_path: Path):
