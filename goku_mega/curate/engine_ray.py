@@ -11,8 +11,6 @@ from typing import Any
 from goku_mega.curate.engine import Event, Pool
 from goku_mega.errors import ConfigError, MissingExtra, UserError
 
-REFUSED = "refused"
-
 
 class _Actor:
     """One worker of the cluster: a batch of one task to the events that come of it."""

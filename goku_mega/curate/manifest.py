@@ -24,7 +24,7 @@ Keys = Mapping[str, str]
 
 DUPLICATE = "duplicate"
 SAME_CONTENT = "same content as an earlier file"
-CAPTIONS = {"caption": ("caption",), "tags": ("primary", "subclass")}
+TEXTS = {"caption": ("caption",), "tags": ("primary", "subclass")}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def judge_all(
         if name not in clips.column_names:
             clips = clips.append_column(name, arrow.array(values, from_pandas=True))
     clips = _add_verdicts(clips, by_tier, kept, gone)
-    return Verdicts(_texts(store, keys, sources, ()), _texts(store, keys, clips, CAPTIONS), by_tier, kept)
+    return Verdicts(sources, _with_texts(store, keys, clips), by_tier, kept)
 
 
 def _sources(
@@ -207,10 +207,11 @@ def _add_verdicts(
     return clips.append_column("duplicate_of", clips["key"].take(staying))
 
 
-def _texts(store: ScoreStore, keys: Keys, clips: arrow.Table, stages: Any) -> arrow.Table:
-    for stage in stages:
+def _with_texts(store: ScoreStore, keys: Keys, clips: arrow.Table) -> arrow.Table:
+    """The clips with their captions and classes."""
+    for stage, fields in TEXTS.items():
         if stage in keys:
-            for field in stages[stage]:
+            for field in fields:
                 clips = clips.append_column(field, _joined(store, keys, stage, field, clips["key"]))
     return clips
 

@@ -248,7 +248,7 @@ class _Work(contextlib.AbstractContextManager["_Work"]):
         found = []
         for (first, frames), score in shots.items():
             samples, cosines = score["sample_frames"], score["cosines"]
-            for part in split_frames(first, frames, standard.frame_rate, samples, cosines, threshold):
+            for part in split_frames(first, frames, samples, cosines, threshold):
                 for start, length in windows(
                     *part, standard.frame_rate, max_s=config.length.max_s, min_s=config.length.min_s
                 ):

@@ -137,8 +137,9 @@ class ScoreStore:
                 parquet.write_table(_merged(path, rows, self.schemas[stage]), file)
         for journal in journals:
             journal.unlink()
-        for left in (self.folder / TABLES).rglob(f".*{TEMPORARY}"):
-            left.unlink()
+        if journals:  # a command that left none was killed before it wrote anything else
+            for left in self.folder.rglob(f".*{TEMPORARY}"):
+                left.unlink()
 
     def _read_journals(self) -> dict[tuple[str, str], dict[str, Fields]]:
         found: dict[tuple[str, str], dict[str, Fields]] = {}

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import xxhash
-
 from goku_mega.curate.engine import Teller
+from goku_mega.data.whole_files import xxh3_of
 from goku_mega.errors import DataError, MediaError
 from goku_mega.media.decode import IMAGE_SUFFIXES
 
@@ -16,7 +15,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 CONTENT = "content"
-BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,11 @@ def content_of(path: str) -> ContentScore:
     Raises:
         MediaError: the file cannot be read.
     """
-    digest = xxhash.xxh3_128()
     try:
         about = os.stat(path)
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
+        return ContentScore(xxh3_of(path), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
-    return ContentScore(digest.hexdigest(), about.st_size, about.st_mtime_ns)
 
 
 def is_unchanged(path: str, known: ContentScore) -> bool:

@@ -14,12 +14,12 @@ import numpy as np
 import xxhash
 
 from goku_mega.data.shards import IndexRow, load_index
+from goku_mega.data.whole_files import xxh3_of
 from goku_mega.errors import DataError
 
 SHARD_LIST = "shards.json"
 """Name, bytes and xxh3_128 of every shard."""
 READERS = 4
-BLOCK_BYTES = 8 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -102,21 +102,13 @@ def _finding(folder: Path, entry: dict[str, Any], rows: list[IndexRow]) -> str |
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"it has {size} bytes of {entry['bytes']}"
-        if _checksum(path) != entry["xxh3_128"]:
+        if xxh3_of(path) != entry["xxh3_128"]:
             return "its checksum is not the one that was written"
         return next(_contradictions(path, rows), None)
     except OSError as error:
         return str(error.strerror or error)
     except tarfile.TarError as error:
         return f"it is no tar ({error})"
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _contradictions(path: Path, rows: list[IndexRow]) -> Iterator[str]:

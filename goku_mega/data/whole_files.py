@@ -1,4 +1,4 @@
-"""Files that appear with all their bytes, by a rename, whatever is killed when."""
+"""Files that appear with all their bytes, by a rename, whatever is killed when; and the hash of all their bytes."""
 
 import os
 import platform
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
+BLOCK_BYTES = 8 * 2**20
 TEMPORARY = ".tmp"
 """How the name of a file ends that is not whole yet."""
 
@@ -34,3 +37,16 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 def temporary_name(name: str) -> str:
     """A name that no other process, on this node or another, gives."""
     return f".{name}.{platform.node()}.{os.getpid()}{TEMPORARY}"
+
+
+def xxh3_of(path: str | Path) -> str:
+    """xxh3_128 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -56,7 +56,7 @@ def test_a_cross_fade_is_parted_from_both_scenes(tmp_path: Path) -> None:
     )
     score = Similarity(SplitConfig()).score(clip.footage, 0, clip.frames, 24.0)
     assert score.sample_frames == (0, 24, 48, 72, 96, 120, 144)
-    parts = split_frames(0, clip.frames, 24.0, score.sample_frames, score.cosines, 0.85)
+    parts = split_frames(0, clip.frames, score.sample_frames, score.cosines, 0.85)
     assert parts == [(0, 72), (72, 24), (96, clip.frames - 96)]
 
 
@@ -67,14 +67,14 @@ def test_samples_are_a_second_apart_from_the_start_of_the_shot(rate: float, expe
 
 def test_a_cosine_at_the_threshold_keeps_and_one_below_cuts_at_the_later_sample() -> None:
     samples, cosines = [10, 34, 58, 82], (0.85, 0.8499, 0.9)
-    assert split_frames(10, 90, 24.0, samples, cosines, 0.85) == [(10, 48), (58, 42)]
+    assert split_frames(10, 90, samples, cosines, 0.85) == [(10, 48), (58, 42)]
 
 
 @given(st.integers(1, 400), st.floats(5, 60), st.floats(0, 1), st.randoms(use_true_random=False))
 def test_parts_cover_the_shot_once(frames: int, rate: float, threshold: float, random) -> None:
     samples = sample_frames(3, frames, rate, 1.0)
     cosines = [random.random() for _ in samples[1:]]
-    parts = split_frames(3, frames, rate, samples, cosines, threshold)
+    parts = split_frames(3, frames, samples, cosines, threshold)
     assert [number for first, count in parts for number in range(first, first + count)] == [*range(3, 3 + frames)]
     assert len(parts) == 1 + sum(cosine < threshold for cosine in cosines)
 

@@ -70,7 +70,7 @@ def neighbour_cosines(features: Features) -> tuple[float, ...]:
 
 
 def split_frames(
-    first: int, frames: int, frame_rate: float, samples: Sequence[int], cosines: Sequence[float], threshold: float
+    first: int, frames: int, samples: Sequence[int], cosines: Sequence[float], threshold: float
 ) -> list[tuple[int, int]]:
     """(first frame, frames) of the parts of a shot, cut at the later sample where a cosine is below the threshold."""
     cuts = [later for later, cosine in zip(samples[1:], cosines, strict=True) if cosine < threshold]

@@ -1,7 +1,6 @@
 """Sources to H.264 with short groups and a constant rate (paper 4.2), so that every later stage reads alike files."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,9 +72,3 @@ def _constant_rate(video: PyAvVideo, rate: Fraction) -> Iterator[Frames]:
     for frame, times in zip(video.stream(), repeats, strict=True):
         for _ in range(times):
             yield frame
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Files of commands that were killed while they wrote."""
-    for path in folder.rglob(".*.tmp"):
-        os.unlink(path)
