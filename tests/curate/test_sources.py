@@ -185,13 +185,17 @@ def test_a_damaged_frame_is_an_error_and_no_cut(tmp_path):
         Shots(ShotsConfig()).score(Footage(path), 24.0)
 
 
-@given(st.integers(0, 1000), st.integers(1, 3000), st.sampled_from([24.0, float(NTSC), 60.0]), st.floats(0.1, 10))
+@given(st.integers(0, 1000), st.integers(1, 3000), st.sampled_from([24.0, float(NTSC), 60.0]), st.floats(0.1, 9.9))
 def test_windows_tile_a_span_and_only_a_short_rest_is_dropped(first, frames, rate, min_s):
     found = windows(first, frames, rate, max_s=10.0, min_s=min_s)
     ends = [first, *(start + length for start, length in found)]
     assert [start for start, _ in found] == ends[:-1]
     assert all(min_s - 1e-6 <= length / rate <= 10 + 1e-6 for _, length in found)
     assert (first + frames - ends[-1]) / rate < min_s
+
+
+def test_a_whole_window_is_kept_where_no_number_of_frames_lasts_from_the_least_to_the_most():
+    assert windows(0, 480, float(NTSC), max_s=10, min_s=10) == [(0, 239), (239, 239)]
 
 
 def test_ten_seconds_are_one_clip_and_a_frame_more_is_a_rest():

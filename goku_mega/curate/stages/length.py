@@ -13,7 +13,7 @@ def windows(first: int, frames: int, frame_rate: float, *, max_s: float, min_s: 
         frame_rate: frames a second.
     """
     longest = max(1, math.floor(max_s * frame_rate + ROUNDING))
-    shortest = max(1, math.ceil(min_s * frame_rate - ROUNDING))
+    shortest = min(longest, max(1, math.ceil(min_s * frame_rate - ROUNDING)))  # a whole window is no short rest
     starts = range(0, frames, longest)
     cut = [(first + start, min(longest, frames - start)) for start in starts]
     return [window for window in cut if window[1] >= shortest]
