@@ -134,8 +134,10 @@ def test_a_loss_that_is_not_finite_is_tried_again_and_then_its_data_is_left_out(
 def test_a_jump_leaves_out_its_step_and_the_one_that_caused_it():
     _, (restart,) = decide(ALONE, finding("loss_spike", data_step=40), 0.0)
     assert restart.skip_steps == (39, 40)
-    _, (restart,) = decide(ALONE, finding("gradient_spike", data_step=0), 0.0)
-    assert restart.skip_steps == (0,)
+    _, (restart,) = decide(ALONE, finding("gradient_spike", data_step=40), 0.0)  # found at its second step
+    assert restart.skip_steps == (38, 39, 40)
+    _, (restart,) = decide(ALONE, finding("gradient_spike", data_step=1), 0.0)
+    assert restart.skip_steps == (0, 1)
 
 
 def test_loss_rules_have_a_budget():

@@ -174,7 +174,8 @@ def _skips(state: PolicyState, finding: Finding) -> tuple[PolicyState, str]:
     """Leave out data that the loss cannot bear.
 
     A loss that is not finite is first tried again, since a passing fault of the hardware would do the same; the second
-    time at the same data the data is at fault. A jump is met after the step that caused it, so that step goes, too.
+    time at the same data the data is at fault. A jump is met after the step that caused it, so that step goes, too; one
+    of the gradient norm is told at its second step.
     """
     data_step = finding.data.get("data_step")
     if finding.cause not in LOSS_RULES or data_step is None:
@@ -184,6 +185,7 @@ def _skips(state: PolicyState, finding: Finding) -> tuple[PolicyState, str]:
             return replace(state, suspected_data_steps=(*state.suspected_data_steps, data_step)), ""
         skip = {data_step}
     else:
-        skip = {max(0, data_step - 1), data_step}
+        before = 2 if finding.cause == "gradient_spike" else 1
+        skip = set(range(max(0, data_step - before), data_step + 1))
     state = replace(state, skip_steps=tuple(sorted({*state.skip_steps, *skip})))
     return state, f"{describe(finding)}; goes on from before it, without data step {', '.join(map(str, sorted(skip)))}"

@@ -325,6 +325,9 @@ class _History:
 class Spikes:
     """Finds a loss or a gradient norm that is not finite, or far above the median of the last steps.
 
+    A high gradient norm must last for two steps. Healthy runs have single ones, whatever data they skip, and clipping
+    has made them harmless; where the update has harmed the weights, the next step's gradient is high, too.
+
     Args:
         factor: how many times the median is a jump.
         window: steps of history.
@@ -350,7 +353,9 @@ class Spikes:
             self._forget_from(step)
         finding = self._not_finite(step, loss, norm)
         finding = finding or self._jump("loss_spike", "loss", step, loss, history.losses)
-        finding = finding or self._jump("gradient_spike", "gradient norm", step, norm, history.gradient_norms)
+        norms = history.gradient_norms
+        if norms and self._is_jump(norms[-1], norms[:-1]):
+            finding = finding or self._jump("gradient_spike", "gradient norm", step, norm, norms)
         history.last = (step, loss, norm)
         if math.isfinite(loss) and math.isfinite(norm):
             history.steps.append(step)
@@ -382,12 +387,13 @@ class Spikes:
             cause="nan_loss", detail=f"loss {loss:.4g}, gradient norm {norm:.4g} at step {step}", data={"step": step}
         )
 
+    def _is_jump(self, value: float, past: Sequence[float]) -> bool:
+        return len(past) >= self.least and value > self.factor * statistics.median(past) > 0
+
     def _jump(self, cause: str, name: str, step: int, value: float, past: Sequence[float]) -> Finding | None:
-        if len(past) < self.least:
+        if not self._is_jump(value, past):
             return None
         usual = statistics.median(past)
-        if usual <= 0 or value <= self.factor * usual:
-            return None
         text = f"{name} {value:.4g} at step {step} is {value / usual:.1f} times the median {usual:.4g}"
         return Finding(
             cause=cause, detail=f"{text} of {len(past)} steps", data={"step": step, "value": value, "median": usual}
