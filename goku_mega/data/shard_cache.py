@@ -1,4 +1,8 @@
-"""Ranges of remote shards on the node's own disk, up to a limit of bytes; what was used longest ago goes first.
+"""Ranges of remote shards on the node's own disk, up to a limit of bytes; a full cache keeps what it has.
+
+An epoch uses every sample of its data set once, in an order of its own, so no sample is worth the place of another: a
+cache of half the data set answers half of the reads. If what was used longest ago made room, it would answer an eighth.
+Only what other data sets left here makes room, and what is over a limit that has been lowered.
 
 Any number of processes share a folder and its limit, and may be killed at any moment. A file is served only if its
 checksum is right. What goes wrong here costs time, never a run: a cache that fails is done without.
@@ -23,7 +27,7 @@ USAGE_DIGITS = 20
 CHECKSUM_BYTES = 8
 """Before the content of every file: its xxh3."""
 KEPT_SHARE = 0.9
-"""A full cache is emptied to this share of its limit: finding out what is old means looking at every file."""
+"""Other data sets' files go until this share of the limit is used: finding out what is old means looking at all."""
 ABANDONED_S = 600.0
 """An unfinished file that has not changed for so long is of a process that was killed."""
 _UNFINISHED = ".part"
@@ -46,11 +50,13 @@ class RangeCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._mine = folder / identity
+        self._opened_s = time.time()
+        self._is_full = False
         self._has_warned = False
         try:
             self._mine.mkdir(parents=True, exist_ok=True)
             with self._locked() as usage:
-                _record(usage, self._trimmed(limit_bytes))
+                _record(usage, self._trimmed(limit_bytes, spare_mine=False))
         except OSError as error:
             raise DataError(
                 f"data.cache_folder={folder} cannot be used ({error.strerror}); give a folder on the node's own disk"
@@ -77,9 +83,9 @@ class RangeCache:
         return content
 
     def put(self, file: str, start: int, content: memoryview) -> None:
-        """Keep the bytes; older ones make room for them."""
+        """Keep the bytes, if there is room, or if there is something of another data set that no one uses now."""
         size = CHECKSUM_BYTES + len(content)
-        if size > KEPT_SHARE * self.limit_bytes:
+        if self._is_full or size > KEPT_SHARE * self.limit_bytes:
             return
         path = self._path(file, start, len(content))
         unfinished = f"{path}.{os.getpid()}.{threading.get_ident()}{_UNFINISHED}"
@@ -91,7 +97,12 @@ class RangeCache:
             with self._locked() as usage:
                 used = _recorded(usage)
                 if used is None or used + size > self.limit_bytes:
-                    used = self._trimmed(int(KEPT_SHARE * self.limit_bytes) - size)
+                    used = self._trimmed(int(KEPT_SHARE * self.limit_bytes) - size, spare_mine=True)
+                self._is_full = used + size > self.limit_bytes
+                if self._is_full:
+                    _record(usage, used)
+                    os.unlink(unfinished)
+                    return
                 _record(usage, used + size)  # first: whoever is killed here has said too much, not too little
                 os.replace(unfinished, path)
         except OSError as error:
@@ -113,23 +124,27 @@ class RangeCache:
         finally:
             os.close(usage)
 
-    def _trimmed(self, limit_bytes: int) -> int:
-        """Bytes of all finished files, after the oldest that do not fit into the limit were removed."""
-        finished: list[tuple[float, int, str]] = []
+    def _trimmed(self, limit_bytes: int, *, spare_mine: bool) -> int:
+        """Bytes of all finished files, after the removal of those used longest ago that do not fit into the limit.
+
+        Other data sets' go first. `spare_mine`: those of this one stay, and what others have used meanwhile.
+        """
+        finished: list[tuple[bool, float, int, str]] = []
         for folder, _, names in os.walk(self.folder):
+            is_mine = folder.startswith(f"{self._mine}/")
             for name in names:
                 path = os.path.join(folder, name)
                 with suppress(FileNotFoundError):
                     about = os.stat(path)
                     if not name.endswith(_UNFINISHED):
-                        finished.append((about.st_mtime, about.st_size, path))
+                        finished.append((is_mine, about.st_mtime, about.st_size, path))
                     elif time.time() - about.st_mtime > ABANDONED_S:
                         os.unlink(path)
-        finished = [file for file in finished if file[2] != str(self.folder / USAGE)]
-        used = sum(size for _, size, _ in finished)
-        for _, size, path in sorted(finished):
-            if used <= limit_bytes:
-                break
+        finished = [file for file in finished if file[3] != str(self.folder / USAGE)]
+        used = sum(size for _, _, size, _ in finished)
+        for is_mine, last_use_s, size, path in sorted(finished):
+            if used <= limit_bytes or (spare_mine and (is_mine or last_use_s >= self._opened_s)):
+                break  # sorted: what comes after is newer, or mine
             with suppress(FileNotFoundError):
                 os.unlink(path)
             used -= size

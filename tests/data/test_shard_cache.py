@@ -62,18 +62,49 @@ def test_what_was_kept_is_there_after_a_restart_and_is_this_data_sets_own(tmp_pa
     assert not kept(RangeCache(tmp_path, LIMIT, identity="another"), piece)
 
 
-def test_what_was_used_longest_ago_goes_first(tmp_path):
-    cache = RangeCache(tmp_path, LIMIT, identity="d")
-    pieces = list(PIECES)[:12]
-    for age, piece in enumerate(pieces):
-        keep(cache, piece)
-        (path,) = (tmp_path / "d" / "a.tar").glob(f"{piece[1]}-*")
+def paths(cache: Path, name: str) -> list[Path]:
+    return sorted((cache / name).rglob("*-*"))
+
+
+def test_a_full_cache_keeps_what_it_has(tmp_path):
+    """Of every epoch, whatever its order, it answers the share that fits."""
+    limit = sum(map(len, PIECES.values())) // 2
+    order, hits = random.Random(0), []
+    for _ in range(4):
+        cache = RangeCache(tmp_path, limit, identity="d")  # of a command that was started anew
+        for _ in range(2):
+            hits.append(0)
+            for piece in order.sample(list(PIECES), len(PIECES)):
+                hits[-1] += kept(cache, piece)
+                keep(cache, piece)
+    assert hits[0] == 0 and min(hits[1:]) > 0.45 * len(PIECES)
+    assert bytes_in(tmp_path) <= limit
+
+
+def test_what_another_data_set_left_longest_ago_makes_room(tmp_path):
+    old = RangeCache(tmp_path, LIMIT, identity="old")
+    for piece in PIECES:
+        keep(old, piece)
+    for age, path in enumerate(paths(tmp_path, "old")):
         os.utime(path, (0, 1000 + age))
-    assert kept(cache, pieces[0])  # now the last that was used
-    for piece in list(PIECES)[12:24]:
-        keep(cache, piece)
-    assert kept(cache, pieces[0]) and not kept(cache, pieces[1])
-    assert bytes_in(tmp_path) <= LIMIT
+    before = paths(tmp_path, "old")
+    new, pieces = RangeCache(tmp_path, LIMIT, identity="new"), list(PIECES)
+    keep(new, pieces[0])
+    gone = len(before) - len(paths(tmp_path, "old"))
+    assert gone and paths(tmp_path, "old") == before[gone:], "no more than needed, the oldest"
+    for piece in pieces:
+        keep(new, piece)
+    assert not paths(tmp_path, "old") and kept(new, pieces[0]) and LIMIT / 2 < bytes_in(tmp_path) <= LIMIT
+
+
+def test_two_data_sets_in_use_leave_each_others_files(tmp_path):
+    pieces = list(PIECES)
+    one, two = (RangeCache(tmp_path, LIMIT, identity=name) for name in ("one", "two"))
+    for piece in pieces[:8]:
+        keep(one, piece)
+    for piece in pieces:
+        keep(two, piece)
+    assert all(kept(one, piece) for piece in pieces[:8]) and kept(two, pieces[0])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:50] + b"!" + data[51:],
