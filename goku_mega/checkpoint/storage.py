@@ -32,6 +32,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from goku_mega.errors import CheckpointError
+from goku_mega.places import check_driver, local_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -105,12 +106,10 @@ def open_folder(place: str | Path) -> Folder:
     Raises:
         CheckpointError: fsspec has no driver for the URL, or the driver is not installed.
     """
-    protocol, separator, rest = str(place).partition("://")
-    if isinstance(place, Path) or not separator:
-        return LocalFolder(Path(place))
-    if protocol in ("file", "local"):
-        return LocalFolder(Path(rest))
-    _check_driver(str(place), protocol)
+    local = local_path(place)
+    if local is not None:
+        return LocalFolder(local)
+    check_driver(str(place), CheckpointError)
     return FsspecFolder(str(place))
 
 
@@ -430,19 +429,6 @@ class FsspecFolder:
                 logger.warning("cannot %s %s (%s); trying again in %.1f s", doing, url, _reason(error), wait)
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def _check_driver(url: str, protocol: str) -> None:
-    from fsspec.registry import get_filesystem_class, known_implementations
-
-    try:
-        get_filesystem_class(protocol)
-    except ValueError:
-        raise CheckpointError(f"{url}: fsspec knows no store of the kind {protocol}://") from None
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        install = str(error) if package == "fsspec" else f"pip install {package}"
-        raise CheckpointError(f"{url}: the driver of {protocol}:// is not installed; {install}") from None
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:

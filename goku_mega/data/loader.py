@@ -20,10 +20,11 @@ from goku_mega.data.insisting import ReadCounts, ReadRules
 from goku_mega.data.packing import TrainingBatch, pack_training
 from goku_mega.data.planner import Planner, data_step
 from goku_mega.data.shard_cache import RangeCache
-from goku_mega.data.shard_store import is_local, open_store
+from goku_mega.data.shard_store import open_store
 from goku_mega.data.shards import Index, Sample, ShardReader
 from goku_mega.model.sizes import ModelShape
 from goku_mega.parallel.groups import Groups
+from goku_mega.places import local_path
 
 
 class StepBatch(NamedTuple):
@@ -169,7 +170,7 @@ class Loader:
 
 def _reader(index: Index, data: DataConfig) -> ShardReader:
     cache = None
-    if data.cache_folder and not is_local(index.place):
+    if data.cache_folder and local_path(index.place) is None:
         cache = RangeCache(Path(data.cache_folder), int(data.cache_gb * 1e9), identity=index.identity)
     rules = ReadRules(data.read_retries, data.slow_read_s)
     return ShardReader(index, open_store(index.place, rules, threads=data.read_threads, cache=cache))

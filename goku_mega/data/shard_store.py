@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from goku_mega.data.insisting import USUAL_RULES, Insistence, ReadCounts, ReadRules
 from goku_mega.data.shard_cache import RangeCache
 from goku_mega.errors import DataError
+from goku_mega.places import check_driver, local_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -85,22 +86,11 @@ def open_store(
     Raises:
         DataError: fsspec has no driver for the URL, or it is not installed.
     """
-    local = _local_path(place)
+    local = local_path(place)
     if local is not None:
         return LocalStore(local, rules)
-    _check_driver(str(place))
+    check_driver(str(place), DataError)
     return RemoteStore(str(place), rules, threads=threads, cache=cache)
-
-
-def is_local(place: str | Path) -> bool:
-    """Whether the place is a folder of a file system, not under a URL."""
-    return _local_path(place) is not None
-
-
-def full_place(place: str | Path) -> str:
-    """The place by a name that holds in any working directory."""
-    local = _local_path(place)
-    return str(place) if local is None else str(local.resolve())
 
 
 def fetch_folder(place: str, name: str, target: Path) -> Path | None:
@@ -109,7 +99,7 @@ def fetch_folder(place: str, name: str, target: Path) -> Path | None:
     Raises:
         DataError: the URL cannot be used, or its storage fails.
     """
-    _check_driver(place)
+    check_driver(place, DataError)
     store = RemoteStore(place)
     try:
         files = store.files_in(name)
@@ -323,25 +313,3 @@ def _driver(url: str) -> "tuple[AbstractFileSystem, str]":
 
     store, path = url_to_fs(url)
     return store, path
-
-
-def _local_path(place: str | Path) -> Path | None:
-    """The path of a local place; None of any other."""
-    protocol, separator, rest = str(place).partition("://")
-    if isinstance(place, Path) or not separator:
-        return Path(place)
-    return Path(rest) if protocol in ("file", "local") else None
-
-
-def _check_driver(url: str) -> None:
-    from fsspec.registry import get_filesystem_class, known_implementations
-
-    protocol = url.partition("://")[0]
-    try:
-        get_filesystem_class(protocol)
-    except ValueError:
-        raise DataError(f"{url}: fsspec knows no store of the kind {protocol}://") from None
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        install = str(error) if package == "fsspec" else f"pip install {package}"
-        raise DataError(f"{url}: the driver of {protocol}:// is not installed; {install}") from None

@@ -24,7 +24,7 @@ from goku_mega.checkpoint.storage import Folder, open_folder
 from goku_mega.config.sampling import SampleConfig
 from goku_mega.data.encode import TEXT_ENCODER
 from goku_mega.data.packing import pack_prompts, patchify, token_count, unpatchify
-from goku_mega.data.shard_store import fetch_folder, is_local
+from goku_mega.data.shard_store import fetch_folder
 from goku_mega.encoders.text import TextEncoder, load_text_encoder
 from goku_mega.encoders.vae import VideoVae, content_key, latent_shape, load_vae
 from goku_mega.errors import CheckpointError, MediaError
@@ -36,6 +36,7 @@ from goku_mega.model.sizes import ModelShape
 from goku_mega.model.transformer import GokuTransformer
 from goku_mega.parallel.groups import single_process_groups
 from goku_mega.parallel.parallelize import ParallelModel, build_model
+from goku_mega.places import local_path
 from goku_mega.seeding import derive_seed
 
 
@@ -230,8 +231,9 @@ def _encoders(dataset: dict[str, Any], checkpoint: Folder) -> tuple[str, str]:
 
 def _inside(place: str, text: str) -> Path | None:
     """A text encoder that lies in a data set."""
-    if is_local(place):
-        folder = Path(place) / text
+    local = local_path(place)
+    if local is not None:
+        folder = local / text
         return folder if folder.exists() else None
     return _fetched(place) if text == TEXT_ENCODER else None
 

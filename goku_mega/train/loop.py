@@ -29,7 +29,6 @@ from goku_mega.config.training import FlowRun, Precision
 from goku_mega.data.loader import Loader, StepBatch
 from goku_mega.data.packing import TrainingBatch
 from goku_mega.data.planner import data_step, same_history
-from goku_mega.data.shard_store import full_place
 from goku_mega.data.shards import Index, load_index
 from goku_mega.errors import ConfigError, OtherHistory, UnusableStep
 from goku_mega.flow.path import velocity_loss
@@ -39,6 +38,7 @@ from goku_mega.parallel.groups import Groups, build_groups, initialise_distribut
 from goku_mega.parallel.layout import resolve
 from goku_mega.parallel.parallelize import ParallelModel, build_model, sum_partial_gradients
 from goku_mega.parallel.pipeline import Loss, ModelCall, forward_backward
+from goku_mega.places import full_place
 from goku_mega.plan.activations import Numerics
 from goku_mega.plan.devices import USABLE_SHARE, host_memory_bytes, peak_flops, process_bytes
 from goku_mega.plan.fit import Device, decide_recompute

@@ -17,7 +17,7 @@ from s3_server import Fault, faulty_front, make_bucket, s3_server, s3_settings
 from goku_mega.data import insisting
 from goku_mega.data.insisting import ReadRules
 from goku_mega.data.shard_cache import RangeCache
-from goku_mega.data.shard_store import ByteRange, LocalStore, RemoteStore, full_place, open_store
+from goku_mega.data.shard_store import ByteRange, LocalStore, RemoteStore, open_store
 from goku_mega.errors import DataError
 
 FILES = {f"shards/{number:05d}.tar": np.random.default_rng(number).bytes(200_000) for number in range(3)}
@@ -171,17 +171,6 @@ def test_closing_a_store_that_hangs_ends_its_threads(url):
     over.set()
     while threading.active_count() > before:  # the calls themselves, which nothing can stop
         time.sleep(0.001)
-
-
-def test_an_unknown_kind_of_store_is_refused():
-    with pytest.raises(DataError, match="fsspec knows no store of the kind swarm://"):
-        open_store("swarm://bucket/data")
-
-
-def test_a_place_has_a_name_that_holds_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert full_place("data") == full_place(f"file://{tmp_path}/data") == str(tmp_path / "data")
-    assert full_place("s3://bucket/data") == "s3://bucket/data"
 
 
 @pytest.mark.slow
