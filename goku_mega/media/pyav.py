@@ -170,11 +170,10 @@ class PyAvVideo:
         self.close()
         self._container = av.open(str(self.path))
         self._format = self._container.format.name.split(",")[0]
-        pictures = av.stream.Disposition.attached_pic  # the cover of an album
-        videos = [stream for stream in self._container.streams.video if not stream.disposition & pictures]
-        if not videos:
+        stream = video_stream(self._container)
+        if stream is None:
             raise MediaError(f"{self.path}: has no video stream")
-        self._stream = videos[0]
+        self._stream = stream
         if self._stream.codec_context is None:
             raise MediaError(f"{self.path}: cannot decode the video (there is no decoder for it)")
         self._stream.codec_context.thread_count = self._threads
@@ -310,6 +309,14 @@ class PyAvVideo:
 
     def _failure(self, error: BaseException) -> MediaError:
         return MediaError(f"{self.path}: cannot decode the video ({one_line(error, self.path)})")
+
+
+def video_stream(container: Any) -> Any:
+    """The first stream of moving pictures, and not the cover of an album; None if there is none."""
+    import av
+
+    covers = av.stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & covers), None)
 
 
 def _decoded(packets: Iterator[Any]) -> Iterator[Any]:

@@ -310,10 +310,6 @@ class TestOpen:
         assert open_folder("memory://bucket/run/").name == "run"
         assert str(open_folder("memory://bucket/run/").child("x")) == "memory://bucket/run/x"
 
-    def test_an_unknown_store(self) -> None:
-        with pytest.raises(CheckpointError, match="fsspec knows no store of the kind nowhere://"):
-            open_folder("nowhere://bucket/run")
-
     def test_a_missing_driver_is_named_with_its_command_and_nothing_is_imported_early(self, tmp_path: Path) -> None:
         child = textwrap.dedent("""
             import sys

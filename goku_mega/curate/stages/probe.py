@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from goku_mega.errors import MediaError
 from goku_mega.media.decode import PyAvVideo, decode_image, is_image
+from goku_mega.media.pyav import video_stream
 
 UNEVEN_S = 2e-3
 """A frame shown this much sooner or later than a constant rate asks for makes the rate a varying one; containers that
@@ -114,7 +114,7 @@ def _packets(path: Path) -> _Packets:
 
     try:
         with av.open(str(path)) as container:
-            stream: Any = container.streams.video[0]
+            stream = video_stream(container)
             video_bytes, keys = 0, []
             count = 0
             for packet in container.demux(stream):
