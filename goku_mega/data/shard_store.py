@@ -1,7 +1,7 @@
 """Bytes of a data set's files at offsets, from a local folder or under an fsspec URL, read ahead of their use.
 
-A read that fails, answers with too few bytes or takes too long is asked for again, and counted. What the bytes mean
-is `shards`' business, what is kept of them on the node's disk `shard_cache`'s.
+A read that fails, answers with too few or other bytes or takes too long is asked for again, and counted. What the bytes
+mean is `shards`' business, what is kept of them on the node's disk `shard_cache`'s.
 """
 
 import os
@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import xxhash
+
 from goku_mega.data.insisting import USUAL_RULES, Insistence, ReadCounts, ReadRules
 from goku_mega.data.shard_cache import RangeCache
 from goku_mega.errors import DataError
@@ -22,6 +24,9 @@ from goku_mega.places import check_driver, local_path
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+Buffer = bytes | bytearray | memoryview
+
+OTHER_BYTES = "they are not the bytes that were written"
 MAX_OPEN_SHARDS = 256
 """Fewer than the open files that systems allow a process by default."""
 JOINED_GAP_BYTES = 64 * 2**10
@@ -36,10 +41,21 @@ class ByteRange(NamedTuple):
     file: str
     start: int
     length: int
+    checksum: int | None = None
+    """Of the bytes that were written there, by `checksum_of`; None: it is not known."""
 
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+def checksum_of(content: Buffer) -> int:
+    """64 bits with a sign, which Parquet holds as they are."""
+    return int.from_bytes(xxhash.xxh3_64_digest(content), "little", signed=True)
+
+
+def _is_as_written(wanted: ByteRange, content: Buffer) -> bool:
+    return wanted.checksum is None or checksum_of(content) == wanted.checksum
 
 
 Fetch = Callable[[ByteRange], memoryview]
@@ -167,6 +183,8 @@ class LocalStore:
             with suppress(KeyError):
                 os.close(self._files.pop(wanted.file))  # a file of a server that was away has to be opened again
             raise
+        if not _is_as_written(wanted, buffer):
+            raise ValueError(OTHER_BYTES)  # the file system has checked what the disk gave
         return buffer
 
     def _check_length(self, wanted: ByteRange) -> None:
@@ -267,20 +285,21 @@ class RemoteStore:
             whole = part.whole
             url = f"{self.url}/{whole.file}"
             what = f"{url} cannot be read at byte {whole.start}"
-            content = memoryview(self._insistence.until_done_in_time(what, partial(_bytes_of, url, whole)))
-            self._insistence.count(requests=1, bytes=len(content))
-            for wanted in part.ranges:
-                found[wanted] = content[wanted.start - whole.start : wanted.end - whole.start]
+            contents = self._insistence.until_done_in_time(what, partial(_contents, url, part))
+            self._insistence.count(requests=1, bytes=whole.length)
+            for wanted, content in contents.items():
+                found[wanted] = content
                 if self.cache is not None:
-                    self.cache.put(wanted.file, wanted.start, found[wanted])
+                    self.cache.put(wanted.file, wanted.start, content)
         return found
 
     def _kept(self, wanted: ByteRange) -> memoryview | None:
         if self.cache is None:
             return None
         content = self.cache.get(wanted.file, wanted.start, wanted.length)
-        if content is not None:
-            self._insistence.count(cache_hits=1)
+        if content is None or not _is_as_written(wanted, content):
+            return None
+        self._insistence.count(cache_hits=1)
         return content
 
 
@@ -299,12 +318,17 @@ def _joined(ranges: Sequence[ByteRange]) -> list[_Request]:
     return [_Request(tuple(group)) for group in groups]
 
 
-def _bytes_of(url: str, wanted: ByteRange) -> bytearray:
+def _contents(url: str, request: _Request) -> dict[ByteRange, memoryview]:
+    """Every range of a request with its bytes, writable."""
+    whole = request.whole
     store, path = _driver(url)
-    content = bytearray(store.cat_file(path, start=wanted.start, end=wanted.end))
-    if len(content) != wanted.length:
-        raise EOFError(f"{len(content)} of {wanted.length} bytes came")
-    return content
+    content = memoryview(bytearray(store.cat_file(path, start=whole.start, end=whole.end)))
+    if len(content) != whole.length:
+        raise EOFError(f"{len(content)} of {whole.length} bytes came")
+    contents = {wanted: content[wanted.start - whole.start : wanted.end - whole.start] for wanted in request.ranges}
+    if not all(_is_as_written(wanted, part) for wanted, part in contents.items()):
+        raise OSError(OTHER_BYTES)
+    return contents
 
 
 def _driver(url: str) -> "tuple[AbstractFileSystem, str]":

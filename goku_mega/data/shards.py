@@ -21,7 +21,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from goku_mega.data.insisting import USUAL_RULES, ReadRules
-from goku_mega.data.shard_store import ByteRange, Fetch, ShardStore, open_store
+from goku_mega.data.shard_store import ByteRange, Fetch, ShardStore, checksum_of, open_store
 from goku_mega.data.whole_files import appearing, write_whole
 from goku_mega.errors import DataError
 from goku_mega.model.sizes import ModelShape
@@ -69,6 +69,8 @@ class IndexRow(NamedTuple):
     caption: str
     repeat: int = 1
     """How often an epoch of training takes it."""
+    checksum: int | None = None
+    """Of its bytes in the shard, from the first array's to the last's; None in data sets of older versions."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def _range(row: IndexRow) -> ByteRange:
     """The sample's arrays, which are neighbours, and what is between them."""
     start = min(row.latent_offset, row.text_offset)
     end = max(row.latent_offset + row.latent_bytes, row.text_offset + row.text_bytes)
-    return ByteRange(row.shard, start, end - start)
+    return ByteRange(row.shard, start, end - start, row.checksum)
 
 
 def _tensor(content: memoryview) -> Tensor:
@@ -239,13 +241,16 @@ class Digest(Protocol):
 
 
 class _Watched:
-    """A file whose bytes go into a hash as they are written."""
+    """A file whose bytes go into a hash as they are written, if there is one; the newest are kept."""
 
-    def __init__(self, file: BinaryIO, digest: Digest) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest | None) -> None:
         self._file, self._digest = file, digest
+        self.newest = bytearray()
 
     def write(self, data: bytes) -> int:
-        self._digest.update(data)
+        if self._digest is not None:
+            self._digest.update(data)
+        self.newest += data
         return self._file.write(data)
 
     def tell(self) -> int:
@@ -262,16 +267,20 @@ def write_shard(path: Path, samples: Iterable[EncodedSample], digest: Digest | N
     """
     rows: list[IndexRow] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as file, _tar(file if digest is None else _Watched(file, digest)) as tar:
+    with appearing(path) as file, _tar(watched := _Watched(file, digest)) as tar:
         for sample in samples:
+            watched.newest.clear()
+            began = tar.offset
             latent_at, latent_bytes = _add(tar, f"{sample.key}.latent.npy", npy(sample.latent))
             text_at, text_bytes = _add(tar, f"{sample.key}.text.npy", npy(sample.text))
+            checksum = checksum_of(watched.newest[latent_at - began : text_at + text_bytes - began])
             _add(tar, f"{sample.key}.json", json.dumps(sample.about, sort_keys=True).encode())
             channels, t, h, w = sample.latent.shape
             rows.append(
                 IndexRow(
                     sample.key, f"{path.parent.name}/{path.name}", latent_at, latent_bytes, text_at, text_bytes,
                     channels, t, h, w, len(sample.text), sample.about["caption"], sample.about.get("repeat", 1),
+                    checksum,
                 )
             )  # fmt: skip
     return rows

@@ -17,7 +17,7 @@ from s3_server import Fault, faulty_front, make_bucket, s3_server, s3_settings
 from goku_mega.data import insisting
 from goku_mega.data.insisting import ReadRules
 from goku_mega.data.shard_cache import RangeCache
-from goku_mega.data.shard_store import ByteRange, LocalStore, RemoteStore, open_store
+from goku_mega.data.shard_store import ByteRange, LocalStore, RemoteStore, checksum_of, open_store
 from goku_mega.errors import DataError
 
 FILES = {f"shards/{number:05d}.tar": np.random.default_rng(number).bytes(200_000) for number in range(3)}
@@ -91,6 +91,44 @@ def test_failed_and_short_reads_are_repeated_and_counted(url):
     with reads_meet(rule):
         assert bytes(store.start([wanted])(wanted)) == content_of(wanted)
     assert (store.counts.failures, store.counts.slow, store.counts.requests) == (3, 0, 1)
+    store.close()
+
+
+def with_checksum(wanted: ByteRange) -> ByteRange:
+    return wanted._replace(checksum=checksum_of(content_of(wanted)))
+
+
+def test_other_bytes_than_were_written_are_asked_for_again(url):
+    """One flipped bit in one of two ranges that come in one answer."""
+    near = [with_checksum(ByteRange("shards/00001.tar", start, 500)) for start in (70, 700)]
+    whole = bytearray(content_of(ByteRange("shards/00001.tar", 70, 1130)))
+    whole[900] ^= 4
+    store = RemoteStore(url, QUICK)
+    with reads_meet(lambda path, number: bytes(whole) if number < 3 else None):
+        fetch = store.start(near)
+        assert [bytes(fetch(wanted)) for wanted in near] == [content_of(wanted) for wanted in near]
+    assert (store.counts.failures, store.counts.requests) == (2, 1)
+    store.close()
+
+
+def test_bytes_that_stay_wrong_are_named(url, folder):
+    wanted = ByteRange("shards/00001.tar", 70, 900, checksum=5)
+    store = RemoteStore(url, QUICK)
+    with reads_meet(lambda path, number: None) as reads, pytest.raises(DataError, match="not the bytes that were wr"):
+        store.start([wanted])(wanted)
+    assert len(reads) == 5
+    store.close()
+    with pytest.raises(DataError, match=r"at byte 70 \(they are not the bytes.*\); encode the data set again"):
+        LocalStore(folder).read(wanted)
+
+
+def test_what_a_cache_keeps_of_another_data_set_in_the_same_place_is_not_served(url, tmp_path):
+    cache = RangeCache(tmp_path, 10**6, identity="a")
+    wanted = with_checksum(ByteRange("shards/00001.tar", 70, 900))
+    cache.put(wanted.file, wanted.start, memoryview(bytes(wanted.length)))
+    store = RemoteStore(url, QUICK, cache=cache)
+    assert bytes(store.start([wanted])(wanted)) == content_of(wanted) and store.counts.cache_hits == 0
+    assert bytes(store.start([wanted])(wanted)) == content_of(wanted) and store.counts.cache_hits == 1
     store.close()
 
 

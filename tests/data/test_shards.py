@@ -7,8 +7,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from goku_mega.data import shard_store
 from goku_mega.data.packing import patchify
@@ -77,12 +79,25 @@ def test_a_damaged_array_and_a_missing_shard_are_named(dataset):
     for damaged in (
         whole[: row.latent_offset] + b"?" + whole[row.latent_offset + 1 :],  # no array begins there
         whole.replace(b"(16, 1, 4, 6)", b"(16, 1, 4, 5)"),  # as many numbers as it has not
+        whole[: row.latent_offset + 200] + b"?" + whole[row.latent_offset + 201 :],  # another number
     ):
         shard.write_bytes(damaged)
         with pytest.raises(DataError, match=r"00000\.tar cannot be read at byte .*; encode the data set again"):
             ShardReader(index).read(3)
     shard.unlink()
     with pytest.raises(DataError, match=r"00000\.tar is missing; put it back, or encode the data set again"):
+        ShardReader(index).read(3)
+
+
+def test_damage_is_told_without_the_checksums_that_older_versions_did_not_write(dataset):
+    rows = [row._replace(checksum=None) for row in load_index(dataset).rows]
+    table = arrow.Table.from_pylist([row._asdict() for row in rows]).drop_columns(["checksum"])
+    parquet.write_table(table, dataset / "index.parquet")
+    index = load_index(dataset)
+    assert ShardReader(index).read(3).key == rows[3].key
+    shard = dataset / rows[3].shard
+    shard.write_bytes(shard.read_bytes().replace(b"(16, 1, 4, 6)", b"(16, 1, 4, 5)"))
+    with pytest.raises(DataError, match=r"00000\.tar cannot be read at byte"):
         ShardReader(index).read(3)
 
 
