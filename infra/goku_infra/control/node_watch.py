@@ -75,6 +75,8 @@ class NodeWatch:
         lives = await self._connections.keeper_answers(name)
         if lives:  # the agent may only have closed a connection on which it heard nothing
             await until(lambda: node.connected, RECONNECT_S)
+            # A keeper that is killed takes its agent with it, and its port may outlive both by a moment.
+            lives = node.connected or await self._connections.keeper_answers(name)
         if node.connected or self._state.exit_code is not None:
             return
         if lives:
