@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -196,9 +197,11 @@ def test_months_of_history_are_followed_once(tmp_path):
     assert history.incidents.all() == again.incidents.all()
     assert sum(again.ledger.totals(until_s).values()) == pytest.approx(until_s - events[0].time_s)
     assert len(history.alerts) == 20
-    began = time.thread_time()
+    looks_s = []
     for _ in range(100):
+        began = time.thread_time()
         history.follow(events)
         history.ledger.totals(until_s)
         history.incidents.newest(20)
-    assert time.thread_time() - began < 0.5  # measured: 0.01 s
+        looks_s.append(time.thread_time() - began)
+    assert statistics.median(looks_s) < 0.005  # measured: 0.0001 s; a search for garbage may fall into one of them
