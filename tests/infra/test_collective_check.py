@@ -29,6 +29,7 @@ def take_part(rank: int, port: int, faults: dict[int, str]) -> Report | None:
     """Ranks 0 to 3 are nodes, the last one coordinates."""
     address = ("127.0.0.1", port)
     if rank == NODES:
+        collective_check.SLOW_FLOOR_S = 0.1  # five processes on the cores of one machine hold each other up
         return coordinate(address, NODES, bytes_=BYTES, group_timeout_s=3.0, join_timeout_s=20.0)
     fault = faults.get(rank, "")
     if fault.startswith("clock="):

@@ -210,7 +210,7 @@ def test_a_real_process_that_gets_no_core_is_told_from_one_that_stands_still() -
     processes = [subprocess.Popen([sys.executable, "-c", on_one_core + words]) for words in [busy] * 8 + [idle]]
     watched = {"starved": processes[0], "still": processes[-1]}
     try:
-        time.sleep(1.0)
+        wait_until(lambda: all(os.sched_getaffinity(process.pid) == {core} for process in processes))  # at their work
         floor_s = 1.5
         limits = {name: PhaseLimits(floor_s=floor_s) for name in watched}
         began, told = {}, {}
